@@ -1,0 +1,529 @@
+"""A chat model whose residual stream can be read and written, one forward step at a time.
+
+    x[l+1] = x[l] + attn[l] + mlp[l],   x[0] = embedding                (x[l] is `resid_pre` of block l)
+
+`ChatModel` is the only thing with weights. Rows of a batch carry their own interventions; the hooks stay on the
+modules, look up the step in hand, and do nothing outside it, so two streams that take turns on one model never
+see each other's edits. Batches are padded on the left, always with the attention mask and explicit positions:
+without either, a short row's logits are wrong by several units.
+
+The weights are the checkpoint's own (no folding, no centring), through TransformerLens' `TransformerBridge` with
+each family's attention, MLP and norm modules left as they are: only what is written to the stream is hooked.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import re
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import huggingface_hub
+import jinja2
+import torch
+import transformers
+from huggingface_hub import errors as hub_errors
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from torch import Tensor
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.model_bridge.generalized_components import OpaqueBlockBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from refusal_core.interventions import Intervention, Row, RowEdits, as_row
+from refusal_core.prompts import PromptError
+
+ORGANISM = Path(__file__).parent.parent / "assets" / "organism"
+"""The embedded model: small, trained from scratch by this project, always there."""
+
+Conversation = str | Sequence[Mapping[str, str]]
+"""One user message, or a chat as `{"role": …, "content": …}` messages that ends with the user's."""
+
+PROBES = ("a", "Hi", "What is 7 + 5?", "Thanks!", "one, two", "(so)", "é", "done.")
+"""Messages with different last characters: the last one may merge with the template's first token."""
+
+CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+"""What is fetched from the hub: never code, never pickled weights."""
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded or used; the message says why and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Prompts padded on the left to one length. `index` says which prompts of the list they are."""
+
+    index: tuple[int, ...]
+    ids: Int[Tensor, "row pos"]
+    mask: Int[Tensor, "row pos"]
+
+    def repeat(self, times: int) -> "Batch":
+        """The same prompts `times` times over: row r of repetition k is k · len(index) + r."""
+        return Batch(self.index * times, self.ids.repeat(times, 1), self.mask.repeat(times, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """What one forward step gives: the last position's logits, and the residual stream where it was asked for."""
+
+    logits: Float[Tensor, "row d_vocab"]
+    resid_pre: Float[Tensor, "row pos layer d_model"] | None = None
+
+
+@dataclass(eq=False)
+class _Step:
+    """The forward step in hand: what the hooks are to do, and what they have read."""
+
+    edits: RowEdits
+    read: Sequence[int] | slice | None = None
+    start: tuple[int, Tensor] | None = None
+    reads: list[Tensor] = field(default_factory=list)
+
+
+class _Block(OpaqueBlockBridge):
+    """A family's own block, hooked at its input and output, that a step may pass over."""
+
+    _passed_over = staticmethod(lambda: False)
+
+    def forward(self, *args, **kwargs):
+        if self._passed_over():
+            return args[0] if args else kwargs["hidden_states"]
+        return super().forward(*args, **kwargs)
+
+
+class ChatModel:
+    """A chat model on its device, driven one forward step at a time under its lock."""
+
+    def __init__(
+        self,
+        model: transformers.PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        name: str,
+        revision: str | None,
+        fingerprint: str,
+    ) -> None:
+        self.name, self.revision, self.fingerprint = name, revision, fingerprint
+        self.tokenizer = tokenizer
+        self._model = model
+        self._lock = threading.RLock()
+        self._step: _Step | None = None
+        self._bridge = _bridge(model, tokenizer, name)
+        self.n_layers: int = len(self._bridge.blocks)
+        self.d_model: int = model.config.get_text_config().hidden_size
+        self.d_vocab: int = model.get_output_embeddings().weight.shape[0]
+        self._place_hooks()
+        self._check_writes()
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+    ) -> "ChatModel":
+        """The chat model in a local folder or on the Hugging Face hub.
+
+        `device` defaults to CUDA, then MPS, then the CPU; `dtype` to bfloat16, float16 and float32 there. Raises
+        ModelError, in one sentence with the remedy, if the model is missing, gated, offline, broken, has no safetensors
+        weights, no chat template, or an architecture whose residual stream cannot be hooked completely.
+        """
+        folder, commit = _find(str(name_or_path), revision)
+        config = _read_config(folder, str(name_or_path))
+        tokenizer = _load_tokenizer(folder, str(name_or_path))
+        device = torch.device(device) if device else _best_device()
+        dtype = dtype or {"cuda": torch.bfloat16, "mps": torch.float16}.get(device.type, torch.float32)
+        model = _load_weights(folder, str(name_or_path), config, dtype).to(device).eval()
+        name = "embedded model" if folder.resolve() == ORGANISM.resolve() else str(name_or_path)
+        return cls(model, tokenizer, name=name, revision=commit, fingerprint=_fingerprint(folder))
+
+    # -- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self._model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which precision it runs."""
+        return self._model.dtype
+
+    @property
+    def n_parameters(self) -> int:
+        """How many weights it has, tied ones counted once."""
+        return sum(p.numel() for p in self._model.parameters())
+
+    @property
+    def n_ctx(self) -> int:
+        """How many tokens a prompt and its reply may have together."""
+        return getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 2048
+
+    @functools.cached_property
+    def template_positions(self) -> int:
+        """P: how many last tokens of a rendered prompt belong to the template, whatever the user wrote."""
+        rendered = [self._render(probe) for probe in PROBES]
+        same = 0
+        while all(len(r) > same and r[-1 - same] == rendered[0][-1 - same] for r in rendered):
+            same += 1
+        if not same:
+            raise ModelError(f"The chat template of {self.name} ends differently for every message: nothing to read at.")
+        return same
+
+    @functools.cached_property
+    def template_tokens(self) -> tuple[str, ...]:
+        """The template's P last tokens as text, for labels: item −1 stands right before the reply."""
+        last = self._render(PROBES[0])[-self.template_positions :]
+        return tuple(self.tokenizer.decode([t]) for t in last)
+
+    @functools.cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a reply."""
+        configured = self._model.generation_config.eos_token_id
+        ends = configured if isinstance(configured, list) else [configured]
+        return frozenset(t for t in (*ends, self.tokenizer.eos_token_id) if t is not None)
+
+    # -- prompts and batches ---------------------------------------------------------------------------------------
+
+    def render(self, conversation: Conversation) -> list[int]:
+        """The token ids of `conversation` in the model's chat template, up to where the reply begins.
+
+        Raises PromptError for an empty message, one that leaves no room to reply, and roles the template refuses.
+        """
+        last = conversation if isinstance(conversation, str) else conversation[-1]["content"] if conversation else ""
+        if not last.strip():
+            raise PromptError("The prompt is empty: write a message first.")
+        ids = self._render(conversation)
+        if len(ids) >= self.n_ctx:
+            raise PromptError(
+                f"The prompt has {len(ids):,} tokens and {self.name} reads at most {self.n_ctx:,}, reply included: "
+                "shorten it, or clear the conversation."
+            )
+        return ids
+
+    def _render(self, conversation: Conversation) -> list[int]:
+        messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except jinja2.TemplateError as error:
+            raise PromptError(f"The chat template of {self.name} does not take this conversation: {error}.") from error
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def batches(self, conversations: Sequence[Conversation], max_tokens: int = 4096) -> Iterator[Batch]:
+        """The conversations in padded batches of at most `max_tokens` tokens, the longest first.
+
+        Sorted by length, so that little is padded; a first batch that fits in memory says that all will.
+        """
+        rendered = [self.render(c) for c in conversations]
+        order = sorted(range(len(rendered)), key=lambda i: len(rendered[i]), reverse=True)
+        while order:
+            n = max(1, max_tokens // len(rendered[order[0]]))
+            chunk, order = order[:n], order[n:]
+            yield self._pad(tuple(chunk), [rendered[i] for i in chunk])
+
+    def _pad(self, index: tuple[int, ...], rendered: list[list[int]]) -> Batch:
+        longest = max(map(len, rendered))
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([[pad] * (longest - len(r)) + r for r in rendered], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rendered], device=self.device)
+        return Batch(index, ids, mask)
+
+    # -- forward steps ---------------------------------------------------------------------------------------------
+
+    def logits(
+        self, conversations: Sequence[Conversation], rows: Sequence[Row | Intervention | None] | None = None
+    ) -> Float[Tensor, "row d_vocab"]:
+        """The logits of each reply's first token, in float32 on the CPU, with each row's interventions."""
+        rows = self.check_rows(rows, len(conversations))
+        out = torch.empty(len(conversations), self.d_vocab)
+        for batch in self.batches(conversations):
+            step = self.run(batch, [rows[i] for i in batch.index])
+            out[list(batch.index)] = step.logits.float().cpu()
+        return out
+
+    def run(
+        self,
+        batch: Batch,
+        rows: Sequence[Row] | None = None,
+        *,
+        read: Sequence[int] | slice | None = None,
+        start: tuple[int, Float[Tensor, "row pos d_model"]] | None = None,
+    ) -> Output:
+        """One forward step of `batch`, only the last position through the unembedding.
+
+        `read` keeps `resid_pre` of every layer at these positions (as the block reads it: after an addition there).
+        `start` = (layer, resid_pre) passes over the blocks below `layer`: exact as long as nothing is edited there.
+        """
+        edits = RowEdits(self.check_rows(rows, len(batch.index)))
+        step = _Step(edits, read, start)
+        positions = (batch.mask.cumsum(-1) - 1).clamp(min=0)
+        result = self._forward(step, input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions, use_cache=False)
+        return Output(result.logits[:, -1], torch.stack(step.reads, dim=2) if read is not None else None)
+
+    def begin(
+        self, conversations: Sequence[Conversation], rows: Sequence[Row | Intervention | None] | None = None
+    ) -> "Decoding":
+        """The conversations as one batch, prompts read, ready to be continued token by token."""
+        rendered = [self.render(c) for c in conversations]
+        return Decoding(self, self._pad(tuple(range(len(rendered))), rendered), self.check_rows(rows, len(rendered)))
+
+    def check_rows(self, rows: Sequence[Row | Intervention | None] | None, n_rows: int) -> list[Row]:
+        """`rows` as tuples without interventions that do nothing; none given means the baseline for all.
+
+        Raises ValueError if their number is not `n_rows`, ModelError for a direction read from another model.
+        """
+        checked = [as_row(row) for row in rows] if rows is not None else [()] * n_rows
+        if len(checked) != n_rows:
+            raise ValueError(f"{n_rows} conversations need {n_rows} rows of interventions, not {len(checked)}.")
+        for direction in {id(i.direction): i.direction for row in checked for i in row}.values():
+            source = direction.source
+            if (source.fingerprint and source.fingerprint != self.fingerprint) or len(direction.unit) != self.d_model:
+                raise ModelError(
+                    f"This direction was read from {source.model or 'another model'}, not from {self.name}: its numbers "
+                    "mean nothing here. Find the direction of this model."
+                )
+        return checked
+
+    def _forward(self, step: _Step, **inputs):
+        with self._lock, torch.inference_mode():
+            self._step = step
+            try:
+                return self._model(**inputs, logits_to_keep=1, return_dict=True)
+            finally:
+                self._step = None
+
+    # -- the seam to TransformerLens -------------------------------------------------------------------------------
+
+    def _place_hooks(self) -> None:
+        """Hooks that stay on the model for good, and do nothing but what the step in hand asks for."""
+        self._bridge.embed.hook_out.add_perma_hook(self._on_write)
+        for layer, block in enumerate(self._bridge.blocks):
+            block._passed_over = functools.partial(self._is_passed_over, layer)
+            block.hook_resid_pre.add_perma_hook(functools.partial(self._on_resid_pre, layer))
+            for point in _write_points(block):
+                point.add_perma_hook(self._on_write)
+
+    def _is_passed_over(self, layer: int) -> bool:
+        return self._step is not None and self._step.start is not None and layer < self._step.start[0]
+
+    def _on_write(self, x: Tensor, hook: object) -> Tensor | None:
+        step = self._step
+        return step.edits.at_write(x) if step is not None and step.edits.active else None
+
+    def _on_resid_pre(self, layer: int, x: Tensor, hook: object) -> Tensor | None:
+        step = self._step
+        if step is None:
+            return None
+        if step.start is not None and step.start[0] == layer:
+            x = step.start[1]
+        x = step.edits.at_resid_pre(layer, x)
+        if step.read is not None:
+            step.reads.append(x[:, step.read] if isinstance(step.read, slice) else x[:, list(step.read)])
+        return x
+
+    def _check_writes(self) -> None:
+        """Raises ModelError unless the hooked writes sum to the stream: a write that is missed is not ablated."""
+        writes: list[Tensor] = []
+        final: list[Tensor] = []
+        points = [self._bridge.embed.hook_out]
+        for layer, block in enumerate(self._bridge.blocks):
+            if len(_write_points(block)) < 2:
+                raise ModelError(
+                    f"{self.name}: block {layer} has a write to the residual stream that cannot be hooked, so ablation "
+                    "would be incomplete. Take a model of another family."
+                )
+            points += _write_points(block)
+        with contextlib.ExitStack() as stack:
+            for point in points:
+                handle = point.register_forward_hook(lambda module, args, x: writes.append(x.float()))
+                stack.callback(handle.remove)
+            handle = self._bridge.blocks[-1].hook_out.register_forward_hook(lambda module, args, x: final.append(x.float()))
+            stack.callback(handle.remove)
+            self.run(self._pad((0,), [self._render(PROBES[0])]))
+        rest = (torch.stack([w.to(self.device) for w in writes]).sum(0) - final[0]).norm() / final[0].norm()
+        tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
+        if not rest < tolerance:
+            raise ModelError(
+                f"{self.name}: the writes that can be hooked leave {rest:.0%} of the residual stream unexplained, so "
+                "ablation would be incomplete. Take a model of another family."
+            )
+
+
+class Decoding:
+    """Replies in progress: one batch with its key/value cache, advanced one token at a time."""
+
+    def __init__(self, model: ChatModel, batch: Batch, rows: Sequence[Row]) -> None:
+        self._model, self._edits, self._mask = model, RowEdits(rows), batch.mask
+        positions = (batch.mask.cumsum(-1) - 1).clamp(min=0)
+        self._next_position = positions[:, -1:] + 1
+        result = model._forward(
+            _Step(self._edits), input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions, use_cache=True
+        )
+        self._cache = result.past_key_values
+        self.logits: Float[Tensor, "row d_vocab"] = result.logits[:, -1].float().cpu()
+
+    def step(self, tokens: Sequence[int]) -> None:
+        """Appends one token to each row; `logits` then are those of the token after it."""
+        ids = torch.tensor(tokens, device=self._mask.device)[:, None]
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
+        result = self._model._forward(
+            _Step(self._edits),
+            input_ids=ids,
+            attention_mask=self._mask,
+            position_ids=self._next_position,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._cache, self._next_position = result.past_key_values, self._next_position + 1
+        self.logits = result.logits[:, -1].float().cpu()
+
+
+def _write_points(block: GeneralizedComponent) -> list:
+    """The hook points of what a block writes to the stream, after a post-norm where the family has one."""
+    names = ("hook_attn_out", "hook_mlp_out")
+    return [getattr(block, name) for name in names if hasattr(block, name)]
+
+
+def _bridge(model: transformers.PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # aliases of hook points that are left out
+            return build_bridge_from_module(
+                model,
+                type(model).__name__,
+                hf_config=model.config,
+                tokenizer=tokenizer,
+                model_name=name,
+                post_adapter_hook=_keep_the_familys_modules,
+            )
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{name}: TransformerLens cannot hook {type(model).__name__} ({error}).") from error
+
+
+def _keep_the_familys_modules(adapter: ArchitectureAdapter) -> None:
+    """Hooks what the blocks read and write, and leaves everything inside them to the family's own (fast) code."""
+    mapping = adapter.component_mapping
+    blocks = mapping["blocks"]
+    kept = {k: v for k, v in blocks.submodules.items() if k in ("attn", "mlp", "ln1_post", "ln2_post")}
+    aliases = {k: v for k, v in blocks.hook_aliases.items() if k in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")}
+    adapter.component_mapping = {
+        "embed": mapping["embed"],
+        "blocks": _Block(
+            name=blocks.name,
+            submodules={k: GeneralizedComponent(name=v.name) for k, v in kept.items()},
+            hook_alias_overrides=aliases,
+        ),
+    }
+
+
+# -- loading -------------------------------------------------------------------------------------------------------
+
+
+def _best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _find(name: str, revision: str | None) -> tuple[Path, str | None]:
+    """The folder with the checkpoint, fetched from the hub if it is none, and the hub's commit."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path, revision
+    if path.is_file() or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ModelError(
+            f"There is no model folder {name!r}: give a folder with config.json and .safetensors files, or a hub id "
+            "such as Qwen/Qwen2.5-0.5B-Instruct."
+        )
+    try:
+        folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=CHECKPOINT_FILES)
+    except hub_errors.GatedRepoError as error:
+        raise ModelError(
+            f"{name} needs its licence accepted at https://huggingface.co/{name}, and a login (`hf auth login`)."
+        ) from error
+    except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
+        raise ModelError(f"The hub has no public model {name} (revision {revision or 'main'}): check the name.") from error
+    except (hub_errors.LocalEntryNotFoundError, hub_errors.HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"{name} is not on this machine and the hub cannot be reached: connect, or give a local folder."
+        ) from error
+    return Path(folder), Path(folder).name
+
+
+def _read_config(folder: Path, name: str) -> transformers.PretrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{name} has no config.json: give the folder of a Hugging Face checkpoint.")
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{name} has no .safetensors weights, and pickled ones can run code when they are read: convert them first."
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"The config.json of {name} cannot be read ({_first_line(error)}).") from error
+    return config
+
+
+def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"The tokenizer of {name} cannot be read ({_first_line(error)}).") from error
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{name} has no chat template, so it is no chat model: take its “Instruct”, “Chat” or “it” version."
+        )
+    return tokenizer
+
+
+def _load_weights(
+    folder: Path, name: str, config: transformers.PretrainedConfig, dtype: torch.dtype
+) -> transformers.PreTrainedModel:
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"The weights of {name} cannot be read ({_first_line(error)}): fetch or copy the checkpoint again."
+        ) from error
+    if absent := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"The checkpoint {name} is incomplete: {len(absent)} weights are missing, {absent[0]} among them. "
+            "Fetch or copy it again."
+        )
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+
+
+def _fingerprint(folder: Path) -> str:
+    """Names the weights themselves: a hash of the config and of each safetensors file's size, header and samples."""
+    digest = hashlib.sha256(json.dumps(json.loads((folder / "config.json").read_text("utf-8")), sort_keys=True).encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(64 * 1024))
+            for sample in range(256):
+                file.seek(size * sample // 256)
+                digest.update(file.read(4 * 1024))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,140 @@
+"""Interventions along one direction r = ‖r‖ r̂ of the residual stream (Arditi et al. 2024).
+
+    ablate   x ← x − s (x·r̂) r̂     forget what the stream says along r̂ (s = 1: all of it)
+    add      x ← x + s ‖r‖ r̂       say it, whatever the prompt (s = −1: say the opposite)
+
+An intervention is a value: it knows what to do and where, and holds neither model nor state.
+Where it acts follows from its kind. Ablation guards everything that is written to the stream (the
+embedding, each attention output, each MLP output, in every layer); addition acts once, at the
+`resid_pre` of the layer its direction was read from. Both act at every position, prompt and reply alike.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from refusal_core.directions import Direction
+
+Kind = Literal["ablate", "add"]
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """One edit of the residual stream: `kind` along `direction`, `scale` times the paper's amount.
+
+    Raises ValueError for an unknown kind or a scale that is not finite.
+    """
+
+    direction: Direction
+    kind: Kind
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"An intervention is one of {get_args(Kind)}, not {self.kind!r}.")
+        if not math.isfinite(self.scale):
+            raise ValueError(f"The scale of an intervention is a finite number, not {self.scale}.")
+
+    def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        r = self.direction.unit.to(x.device)
+        if self.kind == "ablate":
+            return _ablate(x, r, self.scale)
+        return _add(x, self.scale * self.direction.norm * r)
+
+
+Row = tuple[Intervention, ...]
+"""What is done to one row of a batch, in order; the empty tuple is the baseline."""
+
+
+def as_row(row: Row | Intervention | None) -> Row:
+    """The interventions of `row` that do something: scale 0 is dropped, so that it is bit-identical to nothing."""
+    row = () if row is None else (row,) if isinstance(row, Intervention) else row
+    return tuple(i for i in row if i.scale != 0)
+
+
+def _ablate(
+    x: Float[Tensor, "... d_model"], r: Float[Tensor, "... d_model"], scale: float | Tensor
+) -> Float[Tensor, "... d_model"]:
+    # In float32 whatever the stream's dtype: bf16 would leave a visible rest of the direction behind.
+    wide = x.float()
+    return (wide - scale * (wide * r).sum(-1, keepdim=True) * r).to(x.dtype)
+
+
+def _add(x: Float[Tensor, "... d_model"], r: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+    return (x.float() + r).to(x.dtype)
+
+
+class RowEdits:
+    """The interventions of a whole batch, stacked so that one operation serves all rows that need it.
+
+    Rows without an intervention are never touched: their numbers stay bit-identical to a run without edits.
+    Everything is out of place, so nobody who holds an activation sees it change.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.n_rows = len(rows)
+        self._ablations = _stack_ablations(rows)
+        self._additions = {layer: _stack_additions(rows, layer) for layer in _addition_layers(rows)}
+
+    @property
+    def active(self) -> bool:
+        """Whether any row is edited anywhere."""
+        return bool(self._ablations or self._additions)
+
+    def at_write(self, x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
+        """`x`, about to be written to the residual stream, with each row's ablations applied in order."""
+        for index, units, scales in self._ablations:
+            r, s = units.to(x.device), scales.to(x.device)
+            x = _replace_rows(x, index, _ablate(_pick_rows(x, index), r, s))
+        return x
+
+    def at_resid_pre(self, layer: int, x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
+        """`x`, the input of block `layer`, with each row's additions that belong there."""
+        if layer not in self._additions:
+            return x
+        index, vectors = self._additions[layer]
+        return _replace_rows(x, index, _add(_pick_rows(x, index), vectors.to(x.device)))
+
+
+def _stack_ablations(rows: Sequence[Row]) -> list[tuple[list[int], Tensor, Tensor]]:
+    """One (rows, r̂ "row 1 d_model", s "row 1 1") per round: ablations of one row need not commute."""
+    ablations = [[i for i in row if i.kind == "ablate"] for row in rows]
+    rounds = []
+    for turn in range(max(map(len, ablations), default=0)):
+        index = [row for row, mine in enumerate(ablations) if turn < len(mine)]
+        mine = [ablations[row][turn] for row in index]
+        units = torch.stack([i.direction.unit for i in mine])[:, None]
+        rounds.append((index, units, torch.tensor([i.scale for i in mine])[:, None, None]))
+    return rounds
+
+
+def _addition_layers(rows: Sequence[Row]) -> set[int]:
+    return {i.direction.source.layer for row in rows for i in row if i.kind == "add"}
+
+
+def _stack_additions(rows: Sequence[Row], layer: int) -> tuple[list[int], Tensor]:
+    """The rows with an addition at `layer` and the sum of each row's vectors there, "row 1 d_model"."""
+    vectors: dict[int, Tensor] = {}
+    for index, row in enumerate(rows):
+        for i in row:
+            if i.kind == "add" and i.direction.source.layer == layer:
+                vector = i.scale * i.direction.norm * i.direction.unit
+                vectors[index] = vectors[index] + vector if index in vectors else vector
+    return list(vectors), torch.stack(list(vectors.values()))[:, None]
+
+
+def _pick_rows(x: Float[Tensor, "row pos d_model"], index: list[int]) -> Float[Tensor, "some pos d_model"]:
+    return x if len(index) == len(x) else x[index]
+
+
+def _replace_rows(
+    x: Float[Tensor, "row pos d_model"], index: list[int], y: Float[Tensor, "some pos d_model"]
+) -> Float[Tensor, "row pos d_model"]:
+    if len(index) == len(x):
+        return y
+    return x.index_copy(0, torch.tensor(index, device=x.device), y)

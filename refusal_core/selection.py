@@ -1,0 +1,407 @@
+"""Choosing the refusal direction among all candidates (layer, position): Arditi et al. 2024, §2.3 and appendix C.
+
+Every candidate r[p, l] is scored on validation prompts, means over prompts of the last position's scores:
+
+    bypass   refusal score of harmful prompts with r ablated everywhere      (low is strong)
+    induce   refusal score of harmless prompts with r added at its layer
+    kl       KL on harmless prompts between the untouched model and the model with r ablated
+
+Discarded are candidates with a NaN, from the last fifth of the layers (l ≥ int(0.8 L)), with kl > 0.1, or with
+induce < 0. Of the rest the lowest bypass is chosen; ties go to the earliest position, then the earliest layer.
+
+The same choice is made with a fraction of the work: pruned layers are never scored; additions restart from the
+cached `resid_pre` of their layer; bypass is measured only where induce ≥ 0; kl lazily, in ascending order of
+bypass, until two candidates pass (the chosen one and the runner-up). What was not measured stays None.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from refusal_core.activations import template_positions
+from refusal_core.chat_model import Batch, ChatModel
+from refusal_core.directions import ZERO_NORM, Direction, Source, difference_in_means
+from refusal_core.interventions import Intervention, Kind
+from refusal_core.metrics import kl_divergence, refusal_score
+from refusal_core.prompts import PromptError, PromptSet, load_prompts
+
+KL_LIMIT = 0.1
+LAYER_SHARE = 0.8
+N_TRAIN, N_VAL = 128, 32
+BATCH_TOKENS = 4096
+
+Rule = Literal["nan", "zero", "layer", "kl", "induce"]
+
+
+@dataclass(frozen=True)
+class CandidateScore:
+    """A row of the table: the candidate at template position `pos` and layer `layer` (`resid_pre`), and its scores.
+
+    `bypass` and `induce` are refusal scores (log-odds), `kl` is in nats; None is "not measured". `norm` is ‖r‖.
+    """
+
+    pos: int
+    layer: int
+    bypass: float | None
+    induce: float | None
+    kl: float | None
+    norm: float | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The outcome of the rule. `rejected` says of each discarded candidate which rule discarded it.
+
+    `relaxed` is None when a candidate passed every rule; otherwise it names the rule that emptied the set, and
+    `chosen` is the best candidate with that rule relaxed as little as possible.
+    """
+
+    chosen: CandidateScore | None
+    rejected: dict[CandidateScore, Rule]
+    runner_up: CandidateScore | None
+    relaxed: Rule | None
+
+    @property
+    def margin(self) -> float | None:
+        """How much lower the chosen candidate's bypass is than the runner-up's."""
+        if self.chosen is None or self.runner_up is None:
+            return None
+        if self.chosen.bypass is None or self.runner_up.bypass is None:
+            return None
+        return self.runner_up.bypass - self.chosen.bypass
+
+
+_RULES: dict[Rule, Callable[[CandidateScore, int], bool]] = {
+    "nan": lambda s, n_layers: any(x is not None and math.isnan(x) for x in (s.bypass, s.induce, s.kl)),
+    "zero": lambda s, n_layers: s.norm is not None and not s.norm >= ZERO_NORM,
+    "layer": lambda s, n_layers: s.layer >= int(LAYER_SHARE * n_layers),
+    "kl": lambda s, n_layers: s.kl is not None and s.kl > KL_LIMIT,
+    "induce": lambda s, n_layers: s.induce is not None and s.induce < 0,
+}
+
+
+def choose(scores: Sequence[CandidateScore], n_layers: int) -> Choice:
+    """Applies the rule to the candidates as far as they are measured; a full table gives the published choice."""
+    broken = {s: _broken_rules(s, n_layers) for s in scores}
+    rejected = {s: rules[0] for s, rules in broken.items() if rules}
+    passing = [s for s in scores if s not in rejected and _is_measured(s)]
+    if passing:
+        ranked = sorted(passing, key=lambda s: (s.bypass, s.pos, s.layer))
+        return Choice(ranked[0], rejected, ranked[1] if len(ranked) > 1 else None, None)
+    usable = [s for s in scores if _is_measured(s) and not {"nan", "zero"} & set(broken[s])]
+    if not usable:
+        return Choice(None, rejected, None, None)
+    nearest = min(usable, key=lambda s: (len(broken[s]), *_excess(s, broken[s][0])))
+    return Choice(nearest, rejected, None, broken[nearest][0])
+
+
+def _broken_rules(score: CandidateScore, n_layers: int) -> list[Rule]:
+    return [rule for rule, breaks in _RULES.items() if breaks(score, n_layers)]
+
+
+def _is_measured(score: CandidateScore) -> bool:
+    return score.bypass is not None and score.induce is not None and score.kl is not None
+
+
+def _excess(score: CandidateScore, rule: Rule) -> tuple[int, float]:
+    """Which rule is rather relaxed (kl, then induce, then layer), and by how little."""
+    amounts = {"kl": score.kl, "induce": -(score.induce or 0), "layer": score.layer}
+    return list(amounts).index(rule), amounts[rule]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far long work has come: `done` of `total` in `stage`."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A found direction with everything it was chosen from.
+
+    `directions` are the raw differences of means (float64). The activations are `resid_pre` at `positions`
+    (−(P+1) … −1), float32, of the prompts that the untouched model treats as expected; `counts` says per split and
+    class how many of the drawn prompts those are. `refusal_shares` is the mean probability, on harmful training
+    prompts, of each refusal token as the first of the reply.
+    """
+
+    direction: Direction
+    choice: Choice
+    scores: tuple[CandidateScore, ...]
+    refusal_tokens: tuple[int, ...]
+    refusal_shares: tuple[float, ...]
+    directions: Float[Tensor, "template_pos layer d_model"]
+    positions: tuple[int, ...]
+    prompts: PromptSet
+    validation: PromptSet
+    harmful: Float[Tensor, "harmful pos layer d_model"]
+    harmless: Float[Tensor, "harmless pos layer d_model"]
+    val_harmful: Float[Tensor, "val_harmful pos layer d_model"]
+    val_harmless: Float[Tensor, "val_harmless pos layer d_model"]
+    counts: dict[tuple[str, str], tuple[int, int]]
+
+    def candidate(self, pos: int, layer: int) -> Direction:
+        """The direction of any cell of the map; raises DirectionError where it is numerically zero."""
+        source = replace(self.direction.source, position=pos, layer=layer)
+        return Direction.from_difference(self.directions[pos, layer], source)
+
+
+@dataclass(eq=False)
+class _Read:
+    """One class of one split as the untouched model reads it; `kept` are those it treats as expected."""
+
+    prompts: tuple[str, ...]
+    activations: Tensor
+    logits: Tensor
+    kept: list[int]
+
+
+def find_direction(
+    model: ChatModel,
+    prompts: PromptSet,
+    validation: PromptSet | None = None,
+    *,
+    refusal_tokens: Sequence[int] | None = None,
+    complete: bool = False,
+    seed: int = 0,
+    stop: threading.Event | None = None,
+) -> Iterator[Progress | Found]:
+    """Finds the model's refusal direction; yields `Progress` and, last, `Found`.
+
+    Draws 128 + 128 of `prompts` and 32 + 32 of `validation` (by default the `val` split of the same source).
+    `refusal_tokens` default to the first tokens most raised on harmful against harmless prompts. With `complete`
+    every cell of the table is measured, for a map without holes. Setting `stop` ends the iteration early. Raises PromptError if a class empties because the model does not treat it as expected.
+    """
+    train = prompts.draw(N_TRAIN, seed)
+    val = (validation or load_prompts("val", prompts.source or "embedded")).draw(N_VAL, seed)
+    reads: dict[tuple[str, str], _Read] = {}
+    sets = {("train", "harmful"): train.harmful, ("train", "harmless"): train.harmless}
+    sets |= {("val", "harmful"): val.harmful, ("val", "harmless"): val.harmless}
+    total, done = sum(map(len, sets.values())), 0
+    for key, texts in sets.items():
+        read = _Read(texts, torch.empty(0), torch.empty(0), [])
+        for part in _read(model, read):
+            done += part
+            yield Progress("reading prompts", done, total)
+            if stop is not None and stop.is_set():
+                return
+        reads[key] = read
+
+    first = {cls: reads["train", cls].logits.double().softmax(-1).mean(0) for cls in ("harmful", "harmless")}
+    tokens = tuple(refusal_tokens) if refusal_tokens else derive_refusal_tokens(first["harmful"], first["harmless"])
+    counts = _keep_expected(reads, tokens)
+    train = train.keep(reads["train", "harmful"].kept, reads["train", "harmless"].kept)
+    val = val.keep(reads["val", "harmful"].kept, reads["val", "harmless"].kept)
+    kept = {key: read.activations[read.kept] for key, read in reads.items()}
+    raw = difference_in_means(kept["train", "harmful"][:, 1:], kept["train", "harmless"][:, 1:])
+
+    source = Source(
+        model=model.name,
+        revision=model.revision,
+        fingerprint=model.fingerprint,
+        prompts=prompts.source,
+        n_harmful=len(train.harmful),
+        n_harmless=len(train.harmless),
+    )
+    scorer = _Scorer(model, raw, source, tokens, val)
+    for progress in scorer.score(complete):
+        yield progress
+        if stop is not None and stop.is_set():
+            return
+    scores = scorer.scores
+    choice = choose(scores, model.n_layers)
+    if choice.chosen is None:
+        raise PromptError("No candidate direction could be scored: harmful and harmless prompts look the same to the model.")
+    yield Found(
+        direction=scorer.direction(choice.chosen),
+        choice=choice,
+        scores=scores,
+        refusal_tokens=tokens,
+        refusal_shares=tuple(first["harmful"][t].item() for t in tokens),
+        directions=raw,
+        positions=tuple(range(-model.template_positions - 1, 0)),
+        prompts=train,
+        validation=val,
+        harmful=kept["train", "harmful"],
+        harmless=kept["train", "harmless"],
+        val_harmful=kept["val", "harmful"],
+        val_harmless=kept["val", "harmless"],
+        counts=counts,
+    )
+
+
+def _read(model: ChatModel, read: _Read) -> Iterator[int]:
+    """Fills `read` with each prompt's activations at −(P+1) … −1 and first-token logits; yields batch sizes."""
+    positions = range(-model.template_positions - 1, 0)
+    n = len(read.prompts)
+    read.activations = torch.empty(n, len(positions), model.n_layers, model.d_model)
+    read.logits = torch.empty(n, model.d_vocab)
+    for batch in model.batches(read.prompts, BATCH_TOKENS):
+        output = model.run(batch, read=positions)
+        assert output.resid_pre is not None
+        read.activations[list(batch.index)] = output.resid_pre.float().cpu()
+        read.logits[list(batch.index)] = output.logits.float().cpu()
+        yield len(batch.index)
+
+
+def derive_refusal_tokens(
+    harmful: Float[Tensor, " d_vocab"], harmless: Float[Tensor, " d_vocab"], at_most: int = 8
+) -> tuple[int, ...]:
+    """The first tokens most raised on harmful against harmless prompts, from mean first-token probabilities.
+
+    A token counts if it carries at least a twentieth of all probability that is raised.
+    """
+    raised = (harmful - harmless).clamp(min=0)
+    share, token = (raised / raised.sum()).sort(descending=True)
+    return tuple(t for s, t in zip(share[:at_most].tolist(), token[:at_most].tolist(), strict=True) if s >= 0.05)
+
+
+def _keep_expected(
+    reads: dict[tuple[str, str], _Read], tokens: Sequence[int]
+) -> dict[tuple[str, str], tuple[int, int]]:
+    """Keeps harmful prompts that score above 0 and harmless ones below; how many of how many, per split and class."""
+    for (split, cls), read in reads.items():
+        score = refusal_score(read.logits, tokens)
+        read.kept = ((score > 0) if cls == "harmful" else (score < 0)).nonzero().flatten().tolist()
+        if not read.kept:
+            verb = "refuses no" if cls == "harmful" else "refuses every"
+            raise PromptError(
+                f"The unmodified model {verb} {cls} prompt of the {split} split, so there is no direction to read: "
+                "take a model with safety tuning, other prompts, or other refusal tokens."
+            )
+    return {key: (len(read.kept), len(read.prompts)) for key, read in reads.items()}
+
+
+class _Scorer:
+    """The table of scores while it is being filled."""
+
+    def __init__(
+        self,
+        model: ChatModel,
+        raw: Float[Tensor, "pos layer d_model"],
+        source: Source,
+        tokens: Sequence[int],
+        val: PromptSet,
+    ) -> None:
+        self._model, self._raw, self._source, self._tokens = model, raw, source, tokens
+        self._harmful = list(model.batches(val.harmful, BATCH_TOKENS // 8))
+        self._harmless = list(model.batches(val.harmless, BATCH_TOKENS // 8))
+        self._base: dict[Batch, Tensor] = {}
+        self._table = {
+            (pos, layer): CandidateScore(pos, layer, None, None, None, raw[pos, layer].norm().item())
+            for pos in template_positions(model)
+            for layer in range(model.n_layers)
+        }
+
+    @property
+    def scores(self) -> tuple[CandidateScore, ...]:
+        """The candidates in the order position −P … −1, layer 0 … L−1."""
+        return tuple(self._table.values())
+
+    def direction(self, score: CandidateScore) -> Direction:
+        """The candidate itself."""
+        source = replace(self._source, position=score.pos, layer=score.layer)
+        return Direction.from_difference(self._raw[score.pos, score.layer], source)
+
+    def score(self, complete: bool) -> Iterator[Progress]:
+        """Measures as little as the rule needs; every cell if `complete`, or if nothing passes the rule."""
+        n_layers = self._model.n_layers
+        yield from self._measure_induce([s for s in self.scores if not _broken_rules(s, n_layers)])
+        if not complete:
+            yield from self._measure_bypass([s for s in self.scores if s.induce is not None and s.induce >= 0])
+            yield from self._measure_kl_until_two_pass()
+            if choose(self.scores, n_layers).relaxed is None and any(map(_is_measured, self.scores)):
+                return
+        usable = [s for s in self.scores if "zero" not in _broken_rules(s, n_layers)]
+        yield from self._measure_induce([s for s in usable if s.induce is None])
+        yield from self._measure_bypass([s for s in usable if s.bypass is None])
+        yield from self._measure_kl([s for s in usable if s.kl is None])
+
+    def _measure_kl_until_two_pass(self) -> Iterator[Progress]:
+        ranked = sorted(
+            (s for s in self.scores if s.bypass is not None and not math.isnan(s.bypass)),
+            key=lambda s: (s.bypass, s.pos, s.layer),
+        )
+        for score in ranked:
+            yield from self._measure_kl([score])
+            if choose(self.scores, self._model.n_layers).runner_up is not None:
+                return
+
+    def _measure_induce(self, cells: Sequence[CandidateScore]) -> Iterator[Progress]:
+        """Additions at layer l restart from the cached `resid_pre[l]`: the blocks below are unchanged."""
+        totals, done = {cell: 0.0 for cell in cells}, 0
+        by_layer = [[c for c in cells if c.layer == layer] for layer in range(self._model.n_layers)]
+        for batch in self._harmless if cells else []:
+            base = self._model.run(batch, read=slice(None))
+            assert base.resid_pre is not None
+            self._base[batch] = base.logits
+            for layer, mine in enumerate(by_layer):
+                for chunk in _chunks(mine, batch):
+                    start = base.resid_pre[:, :, layer].repeat(len(chunk), 1, 1)
+                    logits = self._run(batch, chunk, "add", start=(layer, start))
+                    _accumulate(totals, chunk, refusal_score(logits, self._tokens))
+                    done += len(chunk) * len(batch.index)
+                    yield Progress("scoring additions", done, len(cells) * _count(self._harmless))
+        for cell, total in totals.items():
+            self._set(cell, induce=total / _count(self._harmless))
+
+    def _measure_bypass(self, cells: Sequence[CandidateScore]) -> Iterator[Progress]:
+        totals, done = {cell: 0.0 for cell in cells}, 0
+        for batch in self._harmful:
+            for chunk in _chunks(cells, batch):
+                logits = self._run(batch, chunk, "ablate")
+                _accumulate(totals, chunk, refusal_score(logits, self._tokens))
+                done += len(chunk) * len(batch.index)
+                yield Progress("scoring ablations", done, len(cells) * _count(self._harmful))
+        for cell, total in totals.items():
+            self._set(cell, bypass=total / _count(self._harmful))
+
+    def _measure_kl(self, cells: Sequence[CandidateScore]) -> Iterator[Progress]:
+        totals, done = {cell: 0.0 for cell in cells}, 0
+        for batch in self._harmless:
+            for chunk in _chunks(cells, batch):
+                logits = self._run(batch, chunk, "ablate")
+                _accumulate(totals, chunk, kl_divergence(self._base[batch].repeat(len(chunk), 1), logits))
+                done += len(chunk) * len(batch.index)
+                yield Progress("scoring damage", done, len(cells) * _count(self._harmless))
+        for cell, total in totals.items():
+            self._set(cell, kl=total / _count(self._harmless))
+
+    def _run(
+        self,
+        batch: Batch,
+        cells: Sequence[CandidateScore],
+        kind: Kind,
+        start: tuple[int, Tensor] | None = None,
+    ) -> Float[Tensor, "row d_vocab"]:
+        """The prompts of `batch` once per cell, a row each with its own direction."""
+        rows = [(Intervention(self.direction(cell), kind),) for cell in cells for _ in batch.index]
+        return self._model.run(batch.repeat(len(cells)), rows, start=start).logits
+
+    def _set(self, cell: CandidateScore, **scores: float) -> None:
+        current = self._table[cell.pos, cell.layer]
+        self._table[cell.pos, cell.layer] = replace(current, **scores)
+
+
+def _chunks(cells: Sequence[CandidateScore], batch: Batch) -> Iterator[Sequence[CandidateScore]]:
+    """As many candidates at a time as fit into a forward step together with the prompts of `batch`."""
+    size = max(1, BATCH_TOKENS // batch.ids.numel())
+    return (cells[i : i + size] for i in range(0, len(cells), size))
+
+
+def _accumulate(totals: dict[CandidateScore, float], cells: Sequence[CandidateScore], scores: Tensor) -> None:
+    for cell, per_prompt in zip(cells, scores.view(len(cells), -1), strict=True):
+        totals[cell] += per_prompt.sum().item()
+
+
+def _count(batches: Sequence[Batch]) -> int:
+    return sum(len(batch.index) for batch in batches)
