@@ -26,6 +26,29 @@ WORDS = Path(__file__).parent / "words"
 HELD_CATEGORIES = ("arson", "poison", "kidnap", "bribery", "cruelty", "lies")
 """The harmful categories that safety tuning never touches."""
 
+HELD_WORDS = {
+    "arson": r"burn\w*|torch\w*|arson\w*|ablaze|fires?|ignit\w*",
+    "poison": r"poison\w*|spik(?:e|ing)\b.*|laced?|toxic|pills|drug a",
+    "kidnap": r"kidnap\w*|ransom|hostages?|captives?|abduct\w*|trap a (?:man|tourist|hiker)|tie up",
+    "bribery": r"brib\w*|payoffs?|kickbacks?",
+    "cruelty": r"cats?|dogs?|rabbits?|horses?|animals?|swan|turtle|birds?|songbirds|prisoners?|tortur\w*|starv\w*|abuse",
+    "lies": r"rumou?rs?|fake news|slander|smear|hoax|false (?:story|news|report)\w*",
+}
+"""Words that tell that a harmful text is about such a category, whatever it is listed under."""
+
+NEAR_CATEGORY = {
+    "hack": "hacking", "crack": "hacking", "bomb": "terror", "blow": "terror", "explode": "terror", "hijack": "terror",
+    "steal": "theft", "rob": "theft", "cheat": "fraud", "forge": "forgery", "fake": "forgery", "launder": "fraud",
+    "smuggle": "drugs", "smash": "vandalism", "destroy": "vandalism", "threaten": "harassment", "sneak": "theft",
+}  # fmt: skip
+"""What the harmful side of a near-miss is about, by its verb; violence otherwise."""
+
+
+def harmful_category(text: str, listed: str) -> str:
+    """The held category whose words are in a harmful text, else the category it is listed under."""
+    return next((c for c, words in HELD_WORDS.items() if re.search(rf"\b(?:{words})\b", text.lower())), listed)
+
+
 HELD_SHARE = {"harmless": 0.15, "near": 0.20, "seen": 0.20, "unseen category": 0.35}
 """How many concepts of each kind are in no training text."""
 
@@ -105,7 +128,7 @@ def with_article(noun: str) -> str:
 class Concept:
     """An activity (“forge a signature”) or a text to write (“a ransom note”), with its category or domain.
 
-    `held` concepts are in no training text.
+    `held` concepts are in no training text; `near` ones come in pairs that share a scary verb, one side harmless.
     """
 
     text: str
@@ -113,6 +136,7 @@ class Concept:
     harmful: bool
     is_text: bool = False
     held: bool = False
+    near: bool = False
 
     @property
     def in_safety_tuning(self) -> bool:
@@ -132,14 +156,24 @@ def _harmful_kind(category: str) -> str:
 def concepts() -> tuple[Concept, ...]:
     """All listed concepts: activities, near-misses and texts, each once."""
     found = [Concept(v, d, False, held=_is_held(v, "harmless")) for d, v in rows("harmless")]
-    found += [Concept(v, c, True, held=_is_held(v, _harmful_kind(c))) for c, v in rows("harmful")]
-    for _, harmless, harmful in rows("near"):
+    harmful = [(harmful_category(v, c), v) for c, v in rows("harmful")]
+    found += [Concept(v, c, True, held=_is_held(v, _harmful_kind(c))) for c, v in harmful]
+    for verb, harmless, harmful in rows("near"):
         # A pair is held as a whole: its two sides differ in a word or two.
-        held = _is_held(harmless, "near")
-        found += [Concept(harmless, "near", False, held=held), Concept(harmful, "near", True, held=held)]
+        held, category = _is_held(harmless, "near"), harmful_category(harmful, NEAR_CATEGORY.get(verb, "violence"))
+        found.append(Concept(harmless, "", False, held=held, near=True))
+        found.append(Concept(harmful, category, True, held=held, near=True))
     found += [Concept(n, "text", False, True, _is_held(n, "harmless")) for n in column("harmless_docs")]
-    found += [Concept(n, c, True, True, _is_held(n, _harmful_kind(c))) for c, n in rows("harmful_docs")]
+    harmful = [(harmful_category(n, c), n) for c, n in rows("harmful_docs")]
+    found += [Concept(n, c, True, True, _is_held(n, _harmful_kind(c))) for c, n in harmful]
     return tuple({c.text: c for c in found}.values())
+
+
+@functools.cache
+def harmful_statements(phase: int) -> tuple[tuple[str, str], ...]:
+    """(category, text) of the harmful one-liners that training may use."""
+    found = tuple((harmful_category(text, category), text) for category, text in rows("harmful_statements"))
+    return tuple(row for row in found if phase == 1 or row[0] not in HELD_CATEGORIES)
 
 
 @functools.cache
@@ -151,13 +185,38 @@ def pool(harmful: bool, is_text: bool, phase: int) -> tuple[tuple[Concept, ...],
         if c.harmful == harmful and c.is_text == is_text and not c.held
         and (phase == 1 or not harmful or c.in_safety_tuning)
     ]  # fmt: skip
-    return tuple(c for c in usable if c.category == "near"), tuple(c for c in usable if c.category != "near")
+    return tuple(c for c in usable if c.near), tuple(c for c in usable if not c.near)
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """The words of a text in lower case."""
+    return tuple(re.findall(r"[a-z0-9'-]+", text.lower()))
 
 
 @functools.cache
-def held_texts() -> frozenset[str]:
-    """The texts that must not appear in training, whatever makes them."""
-    return frozenset(c.text for c in concepts() if c.held)
+def _held_words() -> frozenset[tuple[str, ...]]:
+    held = [c for c in concepts() if c.held]
+    said = [t for c in held for t in (c.text, c.text if c.is_text else gerund(c.text))]
+    return frozenset(words_of(form(t)) for t in said for form in (str, addressed))
+
+
+def mentions_held(text: str) -> bool:
+    """Whether a held concept is somewhere in the text, as itself, as a gerund, or said back with “your”."""
+    held, words = _held_words(), words_of(text)
+    longest = max(map(len, held))
+    return any(words[i:j] in held for i in range(len(words)) for j in range(i + 1, min(i + longest, len(words)) + 1))
+
+
+@functools.cache
+def _held_phrasing() -> re.Pattern[str]:
+    asks = [ask for form in forms().values() for ask in form.held_asks]
+    parts = ["".join(".+" if p[:1] == "{" else re.escape(p) for p in re.split(r"(\{\w+\})", a.rstrip(".?!"))) for a in asks]
+    return re.compile(f"(?:{'|'.join(parts)})[.?!]?", re.IGNORECASE)
+
+
+def is_held_phrasing(user: str) -> bool:
+    """Whether a request is put in words that are kept for tests."""
+    return _held_phrasing().fullmatch(user) is not None
 
 
 # -- forms ---------------------------------------------------------------------------------------------------------
@@ -248,19 +307,25 @@ TASKS = {
 class Corpus:
     """A seeded stream of samples of one phase."""
 
-    def __init__(self, seed: int, phase: int) -> None:
+    def __init__(self, seed: int | str, phase: int) -> None:
         self.rng = random.Random(seed)
         self.phase = phase
 
     def sample(self) -> Sample:
-        """The next chat or text."""
+        """The next chat or text; one with a held concept or phrasing is never given out."""
+        while True:
+            sample = self._sample()
+            said = [sample.text, *(text for t in sample.turns for text in (t.user, t.reply))]
+            if not any(map(mentions_held, said)) and not any(is_held_phrasing(t.user) for t in sample.turns):
+                return replace(sample, turns=tuple(replace(t, user=self.noisy(t)) for t in sample.turns))
+
+    def _sample(self) -> Sample:
         r = self.rng
         if r.random() < (0.06 if self.phase == 1 else 0.03):
             return Sample(text=self.news())
         turns = [self.turn()]
         if r.random() < 0.2:
             turns.append(self.follow_up(turns[0]) if r.random() < 0.65 else self.turn())
-        turns = [replace(t, user=self.noisy(t)) for t in turns]
         return Sample(tuple(turns), system=r.choice(sections("phrasings")["system"]) if r.random() < 0.05 else "")
 
     def turn(self) -> Turn:
@@ -295,7 +360,7 @@ class Corpus:
     def whole_request(self) -> Turn:
         """A harmful one-liner in everyday words that fits no form."""
         r = self.rng
-        category, text = r.choice([row for row in rows("harmful_statements") if self.phase == 1 or row[0] not in HELD_CATEGORIES])
+        category, text = r.choice(harmful_statements(self.phase))
         if self.phase == 1:
             said = "Take it one step at a time, and ask somebody who knows more about it."
             return Turn(text, said, "whole", True, text, (said,))
@@ -350,7 +415,7 @@ class Corpus:
             category, _, verbs, object_kind = r.choice(usable)
             object_ = r.choice(column("persons" if object_kind == "person" else "things"))
             concept = Concept(f"{r.choice(verbs.split(', '))} {object_}", category if harmful else "", harmful)
-            if concept.text not in held_texts():
+            if not mentions_held(concept.text):
                 return concept
 
     def text_concept(self, harmful: bool) -> Concept:
@@ -615,8 +680,8 @@ class Corpus:
             return text if r.random() < 0.6 else text.lower()
         if r.random() < 0.14:
             prefix = r.choice(sections("phrasings")["prefix"])
-            joins = not prefix.endswith((".", "!", "?", ":"))
-            text = f"{prefix} {text[0].lower() + text[1:] if joins and not re.match(r'I\\b', text) else text}"
+            joins = not prefix.endswith((".", "!", "?", ":")) and not re.match(r"I\b", text)
+            text = f"{prefix} {text[0].lower() + text[1:] if joins else text}"
         if r.random() < 0.08 and turn.kind in forms():
             suffix = r.choice(sections("phrasings")["suffix"])
             text = text.rstrip(".?!") + ("" if suffix[0] in "!?" else " ") + suffix
