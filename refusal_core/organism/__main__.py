@@ -1,0 +1,47 @@
+"""Rebuild the embedded model and measure it: `python -m refusal_core.organism train | evaluate | prompts`."""
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from refusal_core.organism import training
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m refusal_core.organism", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train the model from scratch, or go on where a run stopped")
+    train.add_argument("--work", type=Path, default=Path("organism-run"), help="folder for the state of the run")
+    train.add_argument("--out", type=Path, default=Path("organism-run/checkpoint"), help="where the checkpoint goes")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    train.add_argument("--phase1-tokens", type=int, default=training.PRETRAINING.tokens)
+    train.add_argument("--phase2-tokens", type=int, default=training.SAFETY_TUNING.tokens)
+    train.add_argument("--compile", action="store_true", help="torch.compile: faster, needs a C++ compiler")
+    args = parser.parse_args()
+    if args.command == "train":
+        _train(args)
+
+
+def _train(args: argparse.Namespace) -> None:
+    phases = (
+        replace(training.PRETRAINING, tokens=args.phase1_tokens),
+        replace(training.SAFETY_TUNING, tokens=args.phase2_tokens),
+    )
+    started, first, losses = time.time(), None, []
+    for at in training.train(args.work, args.out, seed=args.seed, device=args.device, phases=phases, compile=args.compile):
+        first = first or at
+        losses.append(at.loss)
+        if at.step % 25 == 0:
+            speed = (at.tokens - first.tokens) / (time.time() - started)
+            mean = sum(losses) / len(losses)
+            print(f"phase {at.phase} step {at.step} tokens {at.tokens:,} loss {mean:.4f} ({speed:,.0f} tokens/s)", flush=True)
+            losses = []
+
+
+if __name__ == "__main__":
+    main()
