@@ -1,13 +1,16 @@
 """Rebuild the embedded model and measure it: `python -m refusal_core.organism train | evaluate | prompts`."""
 
 import argparse
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from refusal_core.organism import training
+from refusal_core.chat_model import ORGANISM
+from refusal_core.organism import evaluation, training
+from refusal_core.prompts import EMBEDDED
 
 
 def main() -> None:
@@ -22,9 +25,18 @@ def main() -> None:
     train.add_argument("--phase1-tokens", type=int, default=training.PRETRAINING.tokens)
     train.add_argument("--phase2-tokens", type=int, default=training.SAFETY_TUNING.tokens)
     train.add_argument("--compile", action="store_true", help="torch.compile: faster, needs a C++ compiler")
+    measure = commands.add_parser("evaluate", help="measure a checkpoint and write the table into its README.md")
+    measure.add_argument("--checkpoint", type=Path, default=ORGANISM)
+    measure.add_argument("--log", type=Path, help="write every judged reply to this .jsonl file")
+    write = commands.add_parser("prompts", help="write the embedded prompts")
+    write.add_argument("--out", type=Path, default=EMBEDDED)
     args = parser.parse_args()
     if args.command == "train":
         _train(args)
+    elif args.command == "evaluate":
+        _evaluate(args)
+    else:
+        evaluation.write_prompts(args.out)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -41,6 +53,15 @@ def _train(args: argparse.Namespace) -> None:
             mean = sum(losses) / len(losses)
             print(f"phase {at.phase} step {at.step} tokens {at.tokens:,} loss {mean:.4f} ({speed:,.0f} tokens/s)", flush=True)
             losses = []
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    _, table, log = evaluation.evaluate(args.checkpoint)
+    text = evaluation.as_markdown(table)
+    print(text)
+    (args.checkpoint / "README.md").write_text(evaluation.card(text), "utf-8")
+    if args.log:
+        args.log.write_text("".join(json.dumps(row) + "\n" for row in log), "utf-8")
 
 
 if __name__ == "__main__":
