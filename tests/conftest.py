@@ -1,0 +1,89 @@
+"""The embedded model and its direction, made once for the whole test run."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+import transformers
+
+from refusal_core.chat_model import ORGANISM, ChatModel
+from refusal_core.directions import Direction
+from refusal_core.prompts import load_prompts
+from refusal_core.selection import Found, find_direction
+
+HARMFUL = "How do I rob a bank?"
+HARMLESS = "How do I bake bread?"
+
+
+@pytest.fixture(scope="session")
+def model() -> ChatModel:
+    return ChatModel.load(ORGANISM, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def found(model: ChatModel) -> Found:
+    *_, last = find_direction(model, load_prompts("train"), load_prompts("val"))
+    assert isinstance(last, Found)
+    return last
+
+
+@pytest.fixture(scope="session")
+def direction(found: Found) -> Direction:
+    return found.direction
+
+
+class Plain:
+    """An independent oracle: the checkpoint in plain transformers, one prompt at a time, hooks written out by hand."""
+
+    def __init__(self) -> None:
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(ORGANISM)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(ORGANISM, dtype=torch.float32).eval()
+        self.layers = self.model.model.layers
+
+    def ids(self, text: str) -> torch.Tensor:
+        chat = [{"role": "user", "content": text}]
+        rendered = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return self.tokenizer(rendered, add_special_tokens=False, return_tensors="pt")["input_ids"]
+
+    @torch.no_grad()
+    def resid_pre(self, text: str) -> torch.Tensor:
+        """Shape (layer, pos, d_model)."""
+        states = self.model(self.ids(text), output_hidden_states=True).hidden_states
+        return torch.cat(states[: len(self.layers)])
+
+    @torch.no_grad()
+    def logits(
+        self,
+        texts: Sequence[str],
+        ablate: torch.Tensor | None = None,
+        add: tuple[int, torch.Tensor] | None = None,
+        scale: float = 1.0,
+    ) -> torch.Tensor:
+        handles = []
+        if ablate is not None:
+            unit = ablate / ablate.norm()
+
+            def without(module, args, out):
+                first = out[0] if isinstance(out, tuple) else out
+                first = first - scale * (first @ unit)[..., None] * unit
+                return (first, *out[1:]) if isinstance(out, tuple) else first
+
+            writers = [self.model.model.embed_tokens, *(m for b in self.layers for m in (b.self_attn, b.mlp))]
+            handles += [writer.register_forward_hook(without) for writer in writers]
+        if add is not None:
+            layer, vector = add
+
+            def plus(module, args, kwargs):
+                return ((args[0] + scale * vector, *args[1:]), kwargs)
+
+            handles.append(self.layers[layer].register_forward_pre_hook(plus, with_kwargs=True))
+        try:
+            return torch.cat([self.model(self.ids(text)).logits[:, -1] for text in texts])
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@pytest.fixture(scope="session")
+def plain() -> Plain:
+    return Plain()

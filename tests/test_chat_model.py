@@ -1,0 +1,175 @@
+"""What the model promises: rows are independent, neighbours do not matter, nothing stays on, errors are sentences."""
+
+import json
+import shutil
+import threading
+
+import pytest
+import torch
+from conftest import HARMFUL, HARMLESS, Plain
+from torch.testing import assert_close
+
+from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
+from refusal_core.directions import Direction, random_like
+from refusal_core.interventions import Intervention
+from refusal_core.prompts import PromptError
+
+LONG = "I have a long question that goes on for a while: " + "how do I bake bread and cake, " * 6
+PROMPTS = [HARMFUL, HARMLESS, "Hi", LONG]
+
+
+def test_plain_logits_are_those_of_transformers(model: ChatModel, plain: Plain):
+    assert_close(model.logits(PROMPTS), plain.logits(PROMPTS), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.4, -1.0])
+def test_ablation_is_that_of_hooks_written_out_by_hand(model: ChatModel, plain: Plain, direction: Direction, scale):
+    rows = [Intervention(direction, "ablate", scale)] * len(PROMPTS)
+    expected = plain.logits(PROMPTS, ablate=direction.unit, scale=scale)
+    assert_close(model.logits(PROMPTS, rows), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, -1.0, 2.5])
+def test_addition_is_that_of_a_hook_written_out_by_hand(model: ChatModel, plain: Plain, direction: Direction, scale):
+    rows = [Intervention(direction, "add", scale)] * len(PROMPTS)
+    expected = plain.logits(PROMPTS, add=(direction.source.layer, direction.norm * direction.unit), scale=scale)
+    assert_close(model.logits(PROMPTS, rows), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_after_ablation_the_stream_has_nothing_along_the_direction(model: ChatModel, direction: Direction):
+    (batch,) = model.batches([HARMFUL])
+    plain = model.run(batch, read=slice(None)).resid_pre
+    ablated = model.run(batch, [(Intervention(direction, "ablate"),)], read=slice(None)).resid_pre
+    assert plain is not None
+    assert ablated is not None
+    before, after = (plain @ direction.unit).abs().max(), (ablated @ direction.unit).abs().max()
+    assert after < 1e-4 < before
+
+
+def test_rows_are_independent_and_hooks_do_not_outlive_the_call(model: ChatModel, direction: Direction):
+    plain = model.logits([HARMFUL] * 4)
+    edits = [None, Intervention(direction, "ablate"), Intervention(direction, "add"), Intervention(direction, "add", 0.0)]
+    hooked = model.logits([HARMFUL] * 4, edits)
+    assert torch.equal(hooked[0], plain[0]), "the baseline row must be bit-identical"
+    assert torch.equal(hooked[3], plain[3]), "scale 0 must be bit-identical"
+    assert not torch.allclose(hooked[1], plain[1])
+    assert not torch.allclose(hooked[2], plain[2])
+    assert torch.equal(model.logits([HARMFUL] * 4), plain)
+
+
+def test_logits_do_not_depend_on_the_neighbours_in_the_batch(model: ChatModel, direction: Direction):
+    together = model.logits(PROMPTS, [Intervention(direction, "ablate"), None, None, None])
+    alone = [model.logits([PROMPTS[0]], [Intervention(direction, "ablate")]), *(model.logits([p]) for p in PROMPTS[1:])]
+    assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
+
+
+def test_a_step_restarted_at_a_layer_is_exact(model: ChatModel, direction: Direction):
+    (batch,) = model.batches([HARMFUL, HARMLESS])
+    layer = direction.source.layer
+    cached = model.run(batch, read=slice(None)).resid_pre
+    assert cached is not None
+    rows = [(Intervention(direction, "add"),)] * 2
+    whole = model.run(batch, rows).logits
+    assert torch.equal(model.run(batch, rows, start=(layer, cached[:, :, layer])).logits, whole)
+
+
+def test_decoding_token_by_token_is_reading_the_longer_prompt(model: ChatModel, direction: Direction):
+    rows = [None, Intervention(direction, "ablate"), Intervention(direction, "add")]
+    decoding = model.begin([HARMFUL] * 3, rows)
+    ids = model.tokenizer.encode("Sure, here is", add_special_tokens=False)
+    for token in ids:
+        decoding.step([token] * 3)
+    whole = model._pad((0, 1, 2), [model.render(HARMFUL) + ids] * 3)
+    assert_close(decoding.logits, model.run(whole, model.check_rows(rows, 3)).logits.float(), atol=1e-3, rtol=1e-3)
+
+
+def test_threads_that_share_a_model_get_what_each_gets_alone(model: ChatModel, direction: Direction):
+    edits = [None, Intervention(direction, "ablate"), Intervention(direction, "add"), Intervention(random_like(direction, 0), "add")]
+    alone = [model.logits([HARMFUL], [edit]) for edit in edits]
+    got: dict[tuple[int, int], torch.Tensor] = {}
+
+    def work(i: int) -> None:
+        for turn in range(4):
+            got[i, turn] = model.logits([HARMFUL], [edits[i]])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(edits))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 16
+    assert all(torch.equal(logits, alone[i]) for (i, _), logits in got.items())
+
+
+def test_the_template_is_what_all_prompts_end_in(model: ChatModel):
+    tails = {tuple(model.render(p)[-model.template_positions :]) for p in [*PROMPTS, "?", "1", "ö"]}
+    assert len(tails) == 1
+    longer = {tuple(model.render(p)[-model.template_positions - 1 :]) for p in ["?", "1", "a b"]}
+    assert len(longer) > 1
+    assert len(model.template_tokens) == model.template_positions
+
+
+def test_a_direction_of_another_model_is_refused(model: ChatModel, direction: Direction):
+    foreign = Direction(torch.ones(16) / 4, 1.0, direction.source)
+    with pytest.raises(ModelError, match="Find the direction of this model"):
+        model.logits([HARMFUL], [Intervention(foreign, "ablate")])
+    with pytest.raises(ValueError, match="2 conversations need 2 rows"):
+        model.logits([HARMFUL, HARMLESS], [None])
+
+
+@pytest.mark.parametrize(("prompt", "says"), [("", "empty"), (" \n", "empty"), ("word " * 20_000, "shorten it")])
+def test_a_prompt_that_cannot_be_read_is_one_sentence(model: ChatModel, prompt, says):
+    with pytest.raises(PromptError, match=says) as caught:
+        model.logits([prompt])
+    assert "\n" not in str(caught.value)
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def remove_template(folder):
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def truncate_weights(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+
+
+def pickle_only(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+BROKEN = {
+    "no chat template": (remove_template, "no chat template"),
+    "half the weights": (truncate_weights, "fetch or copy the checkpoint again"),
+    "pickled weights": (pickle_only, "no .safetensors weights"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+    "config of nothing": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+    "unknown architecture": (lambda folder: edit_json(folder / "config.json", model_type="unheard_of"), "config.json"),
+    "a layer too many": (lambda folder: edit_json(folder / "config.json", num_hidden_layers=9), "incomplete"),
+    "other widths": (lambda folder: edit_json(folder / "config.json", intermediate_size=500), "weights of"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("case", list(BROKEN))
+def test_a_broken_checkpoint_is_one_sentence_with_the_remedy(tmp_path, case):
+    folder = tmp_path / "broken"
+    shutil.copytree(ORGANISM, folder)
+    damage, says = BROKEN[case]
+    damage(folder)
+    with pytest.raises(ModelError, match=says) as caught:
+        ChatModel.load(folder, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./none", "not a name", "one-word", "../x"])
+def test_a_wrong_path_is_one_sentence_and_asks_nobody(name, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("a request left the machine"))
+    with pytest.raises(ModelError, match="There is no model folder"):
+        ChatModel.load(name)

@@ -1,0 +1,90 @@
+"""What an intervention promises: it moves the stream along r̂, by this much, in these rows."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from refusal_core.directions import Direction, Source
+from refusal_core.interventions import Intervention, RowEdits, as_row
+
+D = 32
+
+
+def made(seed: int, layer: int = 2) -> Direction:
+    r = torch.randn(D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
+    return Direction.from_difference(r, Source(layer=layer))
+
+
+def test_ablation_removes_the_direction_and_nothing_else():
+    r = made(0)
+    x, w = torch.randn(4, 7, D), torch.randn(D)
+    w -= (w @ r.unit) * r.unit  # any other direction
+    y = Intervention(r, "ablate")(x)
+    assert_close(y @ r.unit, torch.zeros(4, 7), atol=1e-5, rtol=0)
+    assert_close(y @ w, x @ w, atol=1e-5, rtol=1e-5)
+
+
+def test_ablation_is_a_projection_and_half_of_it_leaves_half():
+    r, x = made(1), torch.randn(5, D)
+    once = Intervention(r, "ablate")(x)
+    assert_close(Intervention(r, "ablate")(once), once, atol=1e-6, rtol=0)
+    assert_close(Intervention(r, "ablate", 0.5)(x) @ r.unit, 0.5 * (x @ r.unit))
+
+
+def test_addition_moves_by_the_difference_of_means_at_strength_one():
+    r, x = made(2), torch.randn(5, D)
+    assert_close(Intervention(r, "add")(x), x + r.norm * r.unit)
+    there_and_back = Intervention(r, "add", -1.0)(Intervention(r, "add")(x))
+    assert_close(there_and_back, x, atol=1e-5, rtol=0)
+
+
+def test_an_intervention_works_out_of_place():
+    r, x = made(3), torch.randn(2, 3, D)
+    before = x.clone()
+    for kind in ("ablate", "add"):
+        Intervention(r, kind)(x)
+    edits = RowEdits([(Intervention(r, "ablate"),), (Intervention(r, "add"),)])
+    edits.at_write(x)
+    edits.at_resid_pre(2, x)
+    assert torch.equal(x, before)
+
+
+def test_low_precision_ablation_leaves_no_more_than_rounding():
+    r, x = made(4), torch.randn(64, D).to(torch.bfloat16)
+    left = Intervention(r, "ablate")(x).float() @ r.unit
+    assert left.abs().max() < 2**-7 * x.float().norm(dim=-1).max()
+
+
+def test_rows_of_a_batch_get_their_own_edits_and_the_baseline_row_is_untouched():
+    a, b = made(5, layer=1), made(6, layer=3)
+    rows = [(), (Intervention(a, "ablate", 0.7),), (Intervention(b, "add", 2.0), Intervention(a, "ablate")), ()]
+    edits, x = RowEdits(rows), torch.randn(4, 6, D)
+    written = edits.at_write(x)
+    assert torch.equal(written[0], x[0])
+    assert torch.equal(written[3], x[3])
+    assert_close(written[1], Intervention(a, "ablate", 0.7)(x[1]))
+    assert_close(written[2], Intervention(a, "ablate")(x[2]))
+    assert torch.equal(edits.at_resid_pre(2, x), x), "an addition acts at its own layer only"
+    read = edits.at_resid_pre(3, x)
+    assert torch.equal(read[:2], x[:2])
+    assert_close(read[2], Intervention(b, "add", 2.0)(x[2]))
+
+
+def test_two_ablations_of_one_row_are_applied_in_order():
+    a, b = made(7), made(8)
+    x = torch.randn(1, 4, D)
+    row = (Intervention(a, "ablate"), Intervention(b, "ablate"))
+    assert_close(RowEdits([row]).at_write(x), row[1](row[0](x)))
+
+
+def test_scale_zero_is_the_empty_row():
+    r = made(9)
+    assert as_row(Intervention(r, "add", 0.0)) == ()
+    assert as_row(None) == ()
+    assert not RowEdits([as_row(Intervention(r, "ablate", 0.0))]).active
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("remove", 1.0), ("add", float("nan")), ("add", float("inf"))])
+def test_what_is_no_intervention_is_refused(kind, scale):
+    with pytest.raises(ValueError, match="intervention"):
+        Intervention(made(10), kind, scale)

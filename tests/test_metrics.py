@@ -1,0 +1,61 @@
+"""What the numbers promise, against the formulas computed another way."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import kl_div
+from torch.testing import assert_close
+
+from refusal_core.metrics import PAPER_PHRASES, judge, kl_divergence, refusal_probability, refusal_score, wilson
+
+
+def test_the_refusal_score_is_the_log_odds_of_the_refusal_tokens():
+    logits = torch.randn(5, 50)
+    p = sum(math.exp(x) for x in logits[0, [3, 7]].double().tolist()) / sum(math.exp(x) for x in logits[0].double().tolist())
+    assert_close(refusal_probability(logits, [3, 7])[0].item(), p)
+    assert_close(refusal_score(logits, [3, 7])[0].item(), math.log(p / (1 - p)), atol=1e-5, rtol=0)
+
+
+def test_the_refusal_score_is_bounded():
+    logits = torch.zeros(2, 10)
+    logits[0, 1], logits[1, 1] = 1e4, -1e4
+    high, low = refusal_score(logits, [1]).tolist()
+    assert high == pytest.approx(math.log(1 / 1e-8), abs=1e-3)
+    assert low == pytest.approx(-math.log(1 / 1e-8), abs=1e-3)
+
+
+def test_kl_is_that_of_torch_and_zero_for_the_same_model():
+    a, b = torch.randn(6, 40), torch.randn(6, 40)
+    expected = kl_div(b.double().log_softmax(-1), a.double().log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    assert_close(kl_divergence(a, b), expected, atol=1e-3, rtol=1e-3)
+    assert torch.equal(kl_divergence(a, a), torch.zeros(6, dtype=torch.float64))
+    assert (kl_divergence(a, b) > 0).all()
+
+
+def test_the_papers_judge_knows_twelve_phrases_anywhere_in_any_case():
+    assert len(PAPER_PHRASES) == 12
+    for phrase in PAPER_PHRASES:
+        verdict = judge(f"well, {phrase.upper()} do it")
+        assert verdict.refused
+        assert verdict.phrase is not None
+    assert not judge("Sure, here is how.").refused
+    assert not judge("I can’t help.").refused, "the published judge does not read typographic apostrophes"
+
+
+def test_the_default_judge_reads_what_the_papers_misses():
+    assert judge("I can’t help.", "default").refused
+    assert judge("I **cannot** help.", "default").refused
+    assert judge("  ", "default").label == "unclear"
+    looping = judge("yes and no " * 9, "default")
+    assert looping.unclear
+    assert "repeats" in looping.reason
+    assert judge("Paris is the capital of France.", "default").label == "answered"
+
+
+def test_the_wilson_interval_is_the_textbooks():
+    low, high = wilson(8, 10)
+    assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+    assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson(0, 20)[0] == 0
+    assert wilson(20, 20)[1] == 1

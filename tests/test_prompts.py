@@ -1,0 +1,89 @@
+"""What a list of prompts promises: disjoint splits, both classes, and one clear sentence for what cannot be used."""
+
+import json
+
+import pytest
+
+from refusal_core.prompts import EMBEDDED, MAX_CHARACTERS, PromptError, load_prompts
+
+SPLITS = ("train", "val", "test")
+
+
+def test_the_embedded_splits_are_disjoint_and_hold_both_classes():
+    seen: set[str] = set()
+    for split in SPLITS:
+        prompts = load_prompts(split)
+        texts = {*prompts.harmful, *prompts.harmless}
+        assert len(texts) == len(prompts.harmful) + len(prompts.harmless)
+        assert not texts & seen
+        seen |= texts
+    assert len(load_prompts("train").harmful) >= 128
+    assert len(load_prompts("train").harmless) >= 128
+    assert len(load_prompts("val").harmful) >= 32
+
+
+def test_embedded_prompts_are_one_line_and_harmful_ones_have_a_category():
+    for split in SPLITS:
+        prompts = load_prompts(split)
+        assert all("\n" not in text and len(text) < 160 for text in (*prompts.harmful, *prompts.harmless))
+        assert all(prompts.harmful_categories)
+        assert len(set(prompts.harmful_categories)) >= 10
+
+
+def test_drawing_is_seeded_and_without_repetition():
+    prompts = load_prompts("train")
+    drawn = prompts.draw(50, seed=3)
+    assert drawn == prompts.draw(50, seed=3)
+    assert drawn != prompts.draw(50, seed=4)
+    assert len(set(drawn.harmful)) == len(drawn.harmful) == len(drawn.harmful_categories) == 50
+    category = dict(zip(prompts.harmful, prompts.harmful_categories, strict=True))
+    assert all(category[t] == c for t, c in zip(drawn.harmful, drawn.harmful_categories, strict=True))
+
+
+ROWS = [{"text": f"prompt {i}", "harmful": i % 2 == 0} for i in range(40)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_a_file_without_splits_is_split_without_overlap(tmp_path, kind):
+    path = tmp_path / f"mine.{kind}"
+    path.write_text(
+        {
+            "jsonl": "\n".join(map(json.dumps, ROWS)),
+            "json": json.dumps(ROWS),
+            "csv": "text,harmful\n" + "\n".join(f"{r['text']},{r['harmful']}" for r in ROWS),
+        }[kind]
+    )
+    parts = [load_prompts(split, path) for split in SPLITS]
+    texts = [t for p in parts for t in (*p.harmful, *p.harmless)]
+    assert sorted(texts) == sorted(r["text"] for r in ROWS)
+    assert all(int(t.split()[1]) % 2 == 0 for p in parts for t in p.harmful)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"text": "a", "harmful": true}\n' * 9, "no harmless prompt"),
+        ('{"text": "a", "harmful": true}\nnonsense', "line 2: not JSON"),
+        ('{"text": "a"}', "write true or false"),
+        ('{"harmful": true}', "no text"),
+        (json.dumps({"text": "x" * (MAX_CHARACTERS + 1), "harmful": True}), "at most 8,000"),
+        ('{"text": "a", "harmful": true, "split": "dev"}', "write train, val or test"),
+        ("", "no harmful prompt"),
+    ],
+)
+def test_a_file_that_cannot_be_used_says_why_in_one_sentence(tmp_path, text, says):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(text)
+    with pytest.raises(PromptError, match=says) as caught:
+        load_prompts("train", path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_foreign_file_says_so(tmp_path):
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    (tmp_path / "latin.csv").write_bytes("text,harmful\nné,true".encode("latin-1"))
+    for name, says in (("none.jsonl", "no prompt file"), ("image.png", "not a list"), ("latin.csv", "UTF-8")):
+        with pytest.raises(PromptError, match=says):
+            load_prompts("train", tmp_path / name)
+    with pytest.raises(PromptError, match="no split"):
+        load_prompts("dev", EMBEDDED)

@@ -1,0 +1,147 @@
+"""What the selection promises: the published rule, and the lazy path chooses what brute force chooses."""
+
+import math
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import Plain
+
+from refusal_core.chat_model import ChatModel
+from refusal_core.prompts import PromptError, PromptSet, load_prompts
+from refusal_core.selection import CandidateScore, Found, Progress, choose, derive_refusal_tokens, find_direction
+
+
+def test_find_chooses_what_an_independent_brute_force_chooses(model: ChatModel, plain: Plain, found: Found):
+    """The whole rule once more, in plain transformers, prompt by prompt, with every candidate measured."""
+    n_layers, positions = len(plain.layers), range(-model.template_positions, 0)
+    draw = {s: load_prompts(s).draw(n) for s, n in (("train", 128), ("val", 32))}
+    tokens = list(found.refusal_tokens)
+
+    def score(logits: torch.Tensor) -> torch.Tensor:
+        p = logits.double().softmax(-1)[:, tokens].sum(-1)
+        return torch.log(p + 1e-8) - torch.log(1 - p + 1e-8)
+
+    kept = {}
+    for split, prompts in draw.items():
+        kept[split, True] = [t for t in prompts.harmful if score(plain.logits([t])).item() > 0]
+        kept[split, False] = [t for t in prompts.harmless if score(plain.logits([t])).item() < 0]
+    assert tuple(kept["train", True]) == found.prompts.harmful
+    assert tuple(kept["val", False]) == found.validation.harmless
+    means = {
+        harmful: torch.stack([plain.resid_pre(t)[:, -len(positions) :].double() for t in kept["train", harmful]]).mean(0)
+        for harmful in (True, False)
+    }
+    r = (means[True] - means[False]).float()  # layer, pos, d_model
+    # Eight prompts of each class keep this affordable; the lazy path then runs on the same eight.
+    harmful, harmless = kept["val", True][:8], kept["val", False][:8]
+    base = plain.logits(harmless).double().softmax(-1)
+    passing: list[tuple[float, int, int]] = []
+    for at, pos in enumerate(positions):
+        for layer in range(n_layers):
+            v = r[layer, at]
+            if v.norm() < 1e-6 or layer >= int(0.8 * n_layers):
+                continue
+            if score(plain.logits(harmless, add=(layer, v))).mean() < 0:
+                continue
+            other = plain.logits(harmless, ablate=v).double().softmax(-1)
+            kl = (base * (torch.log(base + 1e-6) - torch.log(other + 1e-6))).sum(-1).mean()
+            if kl <= 0.1:
+                passing.append((score(plain.logits(harmful, ablate=v)).mean().item(), pos, layer))
+    expected = sorted(passing)[:2]
+    few = replace(draw["val"], harmful=tuple(harmful), harmless=tuple(harmless), harmful_categories=(), harmless_categories=())
+    for complete in (False, True):
+        *_, small = find_direction(model, load_prompts("train"), few, refusal_tokens=tokens, complete=complete)
+        assert isinstance(small, Found)
+        chosen, second = small.choice.chosen, small.choice.runner_up
+        assert small.choice.relaxed is None
+        assert chosen is not None
+        assert second is not None
+        assert [(chosen.pos, chosen.layer), (second.pos, second.layer)] == [p[1:] for p in expected]
+        assert chosen.bypass == pytest.approx(expected[0][0], abs=2e-3)
+        assert small.choice.margin == pytest.approx(expected[1][0] - expected[0][0], abs=4e-3)
+
+
+def test_the_lazy_path_leaves_cells_unmeasured_and_none_that_matter(found: Found):
+    assert any(s.bypass is None for s in found.scores)
+    assert any(s.kl is None and s.bypass is not None for s in found.scores)
+    chosen = found.choice.chosen
+    assert chosen is not None
+    assert None not in (chosen.bypass, chosen.induce, chosen.kl)
+
+
+def made(pos: int, layer: int, bypass: float = -5.0, induce: float = 1.0, kl: float = 0.01) -> CandidateScore:
+    return CandidateScore(pos, layer, bypass, induce, kl, 1.0)
+
+
+def test_each_rule_discards_and_says_so():
+    good = made(-1, 3)
+    bad = {
+        "nan": made(-2, 3, bypass=math.nan),
+        "layer": made(-2, 8, bypass=-9),
+        "kl": made(-3, 3, bypass=-9, kl=0.11),
+        "induce": made(-4, 3, bypass=-9, induce=-0.1),
+        "zero": replace(made(-5, 3, bypass=-9), norm=0.0),
+    }
+    choice = choose([*bad.values(), good], n_layers=10)
+    assert choice.chosen == good
+    assert choice.rejected == {score: rule for rule, score in bad.items()}
+    assert choice.relaxed is None
+
+
+def test_the_last_fifth_begins_at_the_integer_part():
+    assert choose([made(-1, 7), made(-1, 8)], n_layers=10).rejected == {made(-1, 8): "layer"}
+    assert choose([made(-1, 5), made(-1, 6)], n_layers=8).rejected == {made(-1, 6): "layer"}
+
+
+def test_limits_are_inclusive_as_published():
+    assert choose([made(-1, 1, kl=0.1, induce=0.0)], n_layers=10).rejected == {}
+
+
+def test_ties_go_to_the_earliest_position_then_layer():
+    scores = [made(p, layer) for p in (-3, -2, -1) for layer in (1, 2)]
+    choice = choose(list(reversed(scores)), n_layers=10)
+    assert choice.chosen == made(-3, 1)
+    assert choice.runner_up == made(-3, 2)
+    assert choice.margin == 0
+
+
+def test_when_nothing_is_left_the_nearest_is_offered_as_relaxed():
+    scores = [made(-1, 2, kl=0.3), made(-2, 2, kl=0.2, bypass=5), made(-1, 3, kl=0.15, induce=-1)]
+    choice = choose(scores, n_layers=10)
+    assert choice.chosen == scores[1], "the smallest excess wins, and one broken rule beats two"
+    assert choice.relaxed == "kl"
+    assert len(choice.rejected) == 3
+
+
+def test_refusal_tokens_are_those_most_raised():
+    harmless = torch.tensor([0.5, 0.3, 0.2, 0.0, 0.0])
+    harmful = torch.tensor([0.1, 0.0, 0.2, 0.6, 0.1])
+    assert derive_refusal_tokens(harmful, harmless) == (3, 4)
+    assert derive_refusal_tokens(harmful, harmless, at_most=1) == (3,)
+
+
+def test_a_class_that_the_model_treats_otherwise_is_an_error(model: ChatModel, found: Found):
+    val = load_prompts("val")
+    twice = PromptSet(val.harmless, val.harmless, source="embedded")
+    with pytest.raises(PromptError, match="refuses no harmful prompt"):
+        list(find_direction(model, twice, val, refusal_tokens=found.refusal_tokens))
+
+
+def test_the_work_can_be_followed_and_stopped(model: ChatModel):
+    stop, seen = threading.Event(), []
+    for event in find_direction(model, load_prompts("train"), stop=stop):
+        seen.append(event)
+        if len(seen) == 3:
+            stop.set()
+    assert len(seen) == 3
+    assert all(isinstance(event, Progress) and 0 < event.done <= event.total for event in seen)
+
+
+def test_a_direction_can_be_taken_from_any_cell(found: Found):
+    chosen = found.choice.chosen
+    assert chosen is not None
+    again = found.candidate(chosen.pos, chosen.layer)
+    assert torch.equal(again.unit, found.direction.unit)
+    assert again.source == found.direction.source
