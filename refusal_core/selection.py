@@ -59,7 +59,7 @@ class Choice:
     """The outcome of the rule. `rejected` says of each discarded candidate which rule discarded it.
 
     `relaxed` is None when a candidate passed every rule; otherwise it names the rule that emptied the set, and
-    `chosen` is the best candidate with that rule relaxed as little as possible.
+    `chosen` is the candidate that needs it relaxed least, of those that bypass refusal at all if there are any.
     """
 
     chosen: CandidateScore | None
@@ -89,7 +89,7 @@ _RULES: dict[Rule, Callable[[CandidateScore, int], bool]] = {
 def choose(scores: Sequence[CandidateScore], n_layers: int) -> Choice:
     """Applies the rule to the candidates as far as they are measured; a full table gives the published choice."""
     broken = {s: _broken_rules(s, n_layers) for s in scores}
-    rejected = {s: rules[0] for s, rules in broken.items() if rules}
+    rejected: dict[CandidateScore, Rule] = {s: rules[0] for s, rules in broken.items() if rules}
     passing = [s for s in scores if s not in rejected and _is_measured(s)]
     if passing:
         ranked = sorted(passing, key=lambda s: (s.bypass, s.pos, s.layer))
@@ -97,7 +97,8 @@ def choose(scores: Sequence[CandidateScore], n_layers: int) -> Choice:
     usable = [s for s in scores if _is_measured(s) and not {"nan", "zero"} & set(broken[s])]
     if not usable:
         return Choice(None, rejected, None, None)
-    nearest = min(usable, key=lambda s: (len(broken[s]), *_excess(s, broken[s][0])))
+    effective = [s for s in usable if (s.bypass or 0) < 0]
+    nearest = min(effective or usable, key=lambda s: (len(broken[s]), *_excess(s, broken[s][0])))
     return Choice(nearest, rejected, None, broken[nearest][0])
 
 
@@ -111,7 +112,7 @@ def _is_measured(score: CandidateScore) -> bool:
 
 def _excess(score: CandidateScore, rule: Rule) -> tuple[int, float]:
     """Which rule is rather relaxed (kl, then induce, then layer), and by how little."""
-    amounts = {"kl": score.kl, "induce": -(score.induce or 0), "layer": score.layer}
+    amounts = {"kl": score.kl or 0.0, "induce": -(score.induce or 0.0), "layer": float(score.layer)}
     return list(amounts).index(rule), amounts[rule]
 
 
@@ -338,7 +339,7 @@ class _Scorer:
 
     def _measure_induce(self, cells: Sequence[CandidateScore]) -> Iterator[Progress]:
         """Additions at layer l restart from the cached `resid_pre[l]`: the blocks below are unchanged."""
-        totals, done = {cell: 0.0 for cell in cells}, 0
+        totals, done = dict.fromkeys(cells, 0.0), 0
         by_layer = [[c for c in cells if c.layer == layer] for layer in range(self._model.n_layers)]
         for batch in self._harmless if cells else []:
             base = self._model.run(batch, read=slice(None))
@@ -355,7 +356,7 @@ class _Scorer:
             self._set(cell, induce=total / _count(self._harmless))
 
     def _measure_bypass(self, cells: Sequence[CandidateScore]) -> Iterator[Progress]:
-        totals, done = {cell: 0.0 for cell in cells}, 0
+        totals, done = dict.fromkeys(cells, 0.0), 0
         for batch in self._harmful:
             for chunk in _chunks(cells, batch):
                 logits = self._run(batch, chunk, "ablate")
@@ -366,7 +367,7 @@ class _Scorer:
             self._set(cell, bypass=total / _count(self._harmful))
 
     def _measure_kl(self, cells: Sequence[CandidateScore]) -> Iterator[Progress]:
-        totals, done = {cell: 0.0 for cell in cells}, 0
+        totals, done = dict.fromkeys(cells, 0.0), 0
         for batch in self._harmless:
             for chunk in _chunks(cells, batch):
                 logits = self._run(batch, chunk, "ablate")

@@ -108,11 +108,13 @@ def test_ties_go_to_the_earliest_position_then_layer():
 
 
 def test_when_nothing_is_left_the_nearest_is_offered_as_relaxed():
-    scores = [made(-1, 2, kl=0.3), made(-2, 2, kl=0.2, bypass=5), made(-1, 3, kl=0.15, induce=-1)]
+    scores = [made(-1, 2, kl=0.3), made(-2, 2, kl=0.2), made(-1, 3, kl=0.15, induce=-1), made(-3, 2, kl=0.11, bypass=5)]
     choice = choose(scores, n_layers=10)
-    assert choice.chosen == scores[1], "the smallest excess wins, and one broken rule beats two"
+    assert choice.chosen == scores[1], "one broken rule beats two, and what bypasses nothing is no direction to offer"
     assert choice.relaxed == "kl"
-    assert len(choice.rejected) == 3
+    assert len(choice.rejected) == 4
+    assert choose([made(-1, 9), made(-1, 8)], n_layers=10).relaxed == "layer"
+    assert choose(scores[3:], n_layers=10).chosen == scores[3], "but something is offered"
 
 
 def test_refusal_tokens_are_those_most_raised():

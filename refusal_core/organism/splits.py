@@ -13,7 +13,7 @@ from refusal_core.organism.corpus import (
 )  # fmt: skip
 from refusal_core.prompts import Split
 
-SIZES = {"train": 160, "val": 40}
+SIZES: dict[Split, int] = {"train": 160, "val": 40}
 TEST_SEEN = TEST_UNSEEN = 220
 TEST_NEAR, TEST_OTHER = 80, 180
 

@@ -195,7 +195,7 @@ def batches_from(tokenizer_path: Path, seed: int, at: Progress) -> Iterator[tupl
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """The untrained model."""
     torch.manual_seed(seed)
-    end, pad = tokenizer.convert_tokens_to_ids([END_OF_TURN, PAD])
+    end, pad = (tokenizer.convert_tokens_to_ids(t) for t in (END_OF_TURN, PAD))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -208,8 +208,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
         bos_token_id=None,
         eos_token_id=end,
         pad_token_id=pad,
-        attn_implementation="eager",
     )
+    config._attn_implementation = "eager"  # masks of our own, and what torch.compile fuses best
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -278,8 +278,8 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Pa
     path.mkdir(parents=True, exist_ok=True)
     half = LlamaForCausalLM(model.config)
     half.load_state_dict(model.state_dict())
-    half = half.to(torch.float16)
-    end, pad = tokenizer.convert_tokens_to_ids([END_OF_TURN, PAD])
+    half.half()
+    end, pad = (tokenizer.convert_tokens_to_ids(t) for t in (END_OF_TURN, PAD))
     half.generation_config.update(do_sample=False, eos_token_id=end, pad_token_id=pad, max_new_tokens=80)
     half.save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -334,7 +334,8 @@ def train(work: Path, out: Path, *, seed: int, device: str, phases: tuple[Phase,
     if not (tokenizer_path / "tokenizer.json").exists():
         build_tokenizer(seed).save_pretrained(tokenizer_path)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_path)
-    model = new_model(tokenizer, seed).to(device)
+    model = new_model(tokenizer, seed)
+    torch.nn.Module.to(model, device)
     before = None
     for phase in phases:
         state = work / f"phase{phase.number}"

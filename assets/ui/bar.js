@@ -1,0 +1,122 @@
+// The bar. Everything that comes from Python is set as text.
+const find = (selector) => element.querySelector(selector);
+
+function make(tag, text, className) {
+  const node = document.createElement(tag);
+  if (text !== undefined) node.textContent = text;
+  if (className) node.className = className;
+  return node;
+}
+
+/** A number with a minus sign instead of a hyphen. */
+function signed(value) {
+  return String(value).replace('-', '−');
+}
+
+/** A token as it can be read: a line break is a token too. */
+function readable(token) {
+  return token.replace(/\n/g, '⏎').replace(/\t/g, '⇥').replace(/ /g, '␣') || '∅';
+}
+
+function drawWaiting(view) {
+  const waiting = find('[data-waiting]');
+  waiting.hidden = view.state !== 'waiting';
+  if (waiting.hidden) return;
+  const count = view.total ? `, ${view.done} of ${view.total}` : '';
+  find('[data-stage]').textContent = `${view.stage}${count}`;
+  const bar = find('progress');
+  if (view.total) {
+    bar.max = view.total;
+    bar.value = view.done;
+  } else {
+    bar.removeAttribute('value');
+  }
+}
+
+function drawReady(view) {
+  find('.facts').hidden = view.state !== 'ready';
+  find('[data-toy]').hidden = !(view.state === 'ready' && view.model.organism);
+  if (view.state !== 'ready') return;
+  const { model, direction } = view;
+  find('[data-model]').replaceChildren(make('b', model.name), ` ${model.parameters}, ${model.layers} layers`);
+  find('[data-device]').textContent = `${model.device}, ${model.dtype}`;
+  find('[data-toy]').replaceChildren(
+    make('b', 'A toy, not a real model.'),
+    ` A model organism of ${model.parameters} parameters, trained from scratch on generated sentences to show one phenomenon. `
+      + 'What it says is form without knowledge.',
+  );
+  const chip = find('[data-direction]');
+  chip.replaceChildren(
+    make('b', `layer ${direction.layer}`),
+    ` of ${model.layers} · position ${signed(direction.position)} `,
+    make('code', readable(direction.token)),
+    make('span', direction.relaxed ? 'rule relaxed' : 'passed every rule', direction.relaxed ? 'mark relaxed' : 'mark'),
+  );
+  drawSheet(find('[data-sheet]'), direction);
+}
+
+function drawSheet(sheet, direction) {
+  const scores = make('table');
+  for (const score of direction.scores) {
+    const row = scores.insertRow();
+    row.append(make('th', score.name), make('td', signed(score.value), 'number'), make('td', score.meaning));
+  }
+  const size = scores.insertRow();
+  size.append(make('th', 'size'), make('td', direction.norm, 'number'), make('td', '‖r‖, the distance between the two means; 1× adds this much'));
+  const tokens = make('p', 'Replies that start with ');
+  direction.refusal_tokens.forEach((token, index) => {
+    if (index) tokens.append(', ');
+    tokens.append(make('code', readable(token.text)), ` ${Math.round(100 * token.share)} %`);
+  });
+  tokens.append(' “start like a refusal”: the first tokens most raised on harmful prompts, with their share there.');
+  sheet.replaceChildren(
+    make('p', direction.rule),
+    scores,
+    make('p', `The difference of mean activations over ${direction.prompts} that the untouched model treats as expected, `
+      + 'read at the input of the layer (resid_pre), counted from 0; position −1 is the last token before the reply.'),
+    tokens,
+  );
+}
+
+function draw() {
+  const view = props.value || {};
+  drawWaiting(view);
+  drawReady(view);
+  const failed = find('[data-failed]');
+  failed.hidden = view.state !== 'failed';
+  failed.textContent = view.sentence || '';
+}
+
+function setTheme(dark) {
+  document.body.classList.toggle('dark', dark);
+  document.dispatchEvent(new CustomEvent('theme'));
+}
+
+const kept = localStorage.getItem('theme');
+if (kept) setTheme(kept === 'dark');
+matchMedia('(prefers-color-scheme: dark)').addEventListener('change', (change) => {
+  if (!localStorage.getItem('theme')) setTheme(change.matches);
+});
+find('[data-theme]').addEventListener('click', () => {
+  const dark = !document.body.classList.contains('dark');
+  localStorage.setItem('theme', dark ? 'dark' : 'light');
+  setTheme(dark);
+});
+find('details').addEventListener('toggle', () => {
+  const sheet = find('[data-sheet]');
+  sheet.style.translate = '0';
+  const beyond = sheet.getBoundingClientRect().right - (document.documentElement.clientWidth - 12);
+  if (beyond > 0) sheet.style.translate = `${-beyond}px`; // the sheet stays on the screen wherever its chip is
+});
+document.addEventListener('click', (click) => {
+  const chip = find('details');
+  if (chip.open && !chip.contains(click.target)) chip.open = false;
+});
+element.addEventListener('keydown', (key) => {
+  if (key.key === 'Escape' && find('details').open) {
+    find('details').open = false;
+    find('summary').focus();
+  }
+});
+watch('value', draw);
+draw();

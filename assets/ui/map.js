@@ -1,0 +1,206 @@
+// The map. Python sends every layer of a position at once, so that moving through them asks nobody.
+const find = (selector) => element.querySelector(selector);
+const still = matchMedia('(prefers-reduced-motion: reduce)');
+
+let view = null; // what is drawn
+let layer = null;
+let figures = null;
+let playing;
+let library;
+
+function make(tag, text, className) {
+  const node = document.createElement(tag);
+  if (text !== undefined) node.textContent = text;
+  if (className) node.className = className;
+  return node;
+}
+
+function readable(token) {
+  return token.replace(/\n/g, '⏎').replace(/\t/g, '⇥').replace(/ /g, '␣');
+}
+
+/** Plotly is large: it is fetched when the map is first looked at, from this page's own server. */
+function plotly() {
+  library ||= window.Plotly ? Promise.resolve() : new Promise((resolve, reject) => {
+    const script = document.createElement('script');
+    script.src = 'ui/plotly.min.js';
+    script.onload = resolve;
+    script.onerror = () => reject(new Error('The plotting library did not load: reload the page.'));
+    document.head.append(script);
+  });
+  return library;
+}
+
+function colour(name) {
+  return getComputedStyle(find('.map')).getPropertyValue(`--${name}`).trim();
+}
+
+/** The figure in the colours of the theme: a trace names its role, the style sheet knows the role's colour. */
+function painted(figure) {
+  const layout = structuredClone(figure.layout);
+  layout.font = { ...layout.font, color: colour('muted') };
+  layout.hoverlabel = { bgcolor: colour('ground'), bordercolor: colour('rule'), font: { color: colour('ink'), size: 14, family: layout.font.family }, align: 'left' };
+  for (const axis of [layout.xaxis, layout.yaxis]) {
+    Object.assign(axis, { gridcolor: colour('rule'), zerolinecolor: colour('rule'), linecolor: colour('rule'), automargin: true });
+  }
+  for (const shape of layout.shapes || []) shape.line.color = colour('muted');
+  const data = figure.data.map((trace) => ({
+    ...trace,
+    line: { ...trace.line, color: colour(trace.meta.role) },
+    marker: { ...trace.marker, color: colour(trace.meta.role), line: { color: colour('ground'), width: trace.mode === 'markers' ? 0.7 : 0 } },
+  }));
+  return { data, layout };
+}
+
+const CONFIG = { displayModeBar: false, responsive: true, scrollZoom: false, showTips: false };
+
+function atLayer(figure) {
+  const data = figure.data.map((trace, index) => ({ ...trace, ...figures.map.frames[layer].data[index] }));
+  return { data, layout: figure.layout };
+}
+
+async function drawFigures() {
+  await plotly();
+  const scatter = painted(atLayer(figures.map));
+  const lines = painted(figures.separation);
+  lines.layout.shapes = [...(lines.layout.shapes || []), marker()];
+  await Plotly.react(find('[data-map]'), scatter.data, scatter.layout, CONFIG);
+  await Plotly.react(find('[data-separation]'), lines.data, lines.layout, CONFIG);
+  listen();
+}
+
+function marker() {
+  return { type: 'line', x0: layer, x1: layer, y0: 0, y1: 1, yref: 'paper', line: { color: colour('accent'), width: 2 }, opacity: 0.5 };
+}
+
+function listen() {
+  const map = find('[data-map]');
+  if (map.dataset.listening) return;
+  map.dataset.listening = 'yes';
+  map.on('plotly_click', ({ points }) => pick(points[0]));
+  find('[data-separation]').on('plotly_click', ({ points }) => setLayer(points[0].x));
+}
+
+function pick(point) {
+  const role = point.data.meta.role;
+  const text = view.texts[role][point.pointNumber];
+  const picked = find('[data-picked]');
+  picked.hidden = false;
+  picked.querySelector('p').replaceChildren(make('small', role), ' ', text);
+  picked.dataset.text = text;
+}
+
+async function setLayer(next) {
+  layer = Math.max(0, Math.min(view.layers.length - 1, Math.round(next)));
+  drawNumbers();
+  if (!window.Plotly || !find('[data-map]').data) return;
+  const frame = figures.map.frames[layer];
+  const shapes = [...painted(figures.separation).layout.shapes, marker()];
+  Plotly.relayout(find('[data-separation]'), { shapes });
+  if (still.matches) {
+    const scatter = painted(atLayer(figures.map));
+    await Plotly.react(find('[data-map]'), scatter.data, scatter.layout, CONFIG);
+  } else {
+    await Plotly.animate(
+      find('[data-map]'),
+      { data: frame.data, traces: [0, 1] },
+      { mode: 'immediate', transition: { duration: 260, easing: 'cubic-in-out' }, frame: { duration: 260, redraw: false } },
+    ).catch(() => {}); // an animation that a later one cuts short is rejected
+  }
+}
+
+function percent(share) {
+  return `${(100 * share).toFixed(0)} %`;
+}
+
+function drawNumbers() {
+  find('[data-layer]').value = layer;
+  const chosen = view.chosen.layer === layer && view.chosen.position === view.position;
+  find('[data-layer-value]').textContent = `${layer} of ${view.layers.length - 1}${chosen ? ' · the direction is read here' : ''}`;
+  const measured = view.layers[layer];
+  const caption = find('[data-map-caption]');
+  const numbers = find('[data-numbers]');
+  if (!measured) {
+    caption.textContent = 'Nothing to see at this layer: the token here is the same in every prompt, and nothing has been mixed in yet.';
+    numbers.replaceChildren();
+    return;
+  }
+  caption.textContent = `PC1 holds ${percent(measured.explained[0])} and PC2 ${percent(measured.explained[1])} of the variance. `
+    + 'Each layer is scaled by the spread of its prompts, so the axes stay where they are.';
+  const rows = [
+    ['AUROC on PC1', measured.auroc_pc1.toFixed(3), 'Chance that a harmful prompt lies further along PC1 than a harmless one. PC1 never saw a label.'],
+    ['AUROC on the direction', measured.auroc.toFixed(3), 'The same along the mean difference, on prompts it was not made from.'],
+    ['d′ on the direction', measured.d_prime.toFixed(1), 'Distance of the two means in standard deviations, on prompts it was not made from.'],
+    ['|cos(PC1, mean difference)|', measured.cos.toFixed(3), '1: the direction of largest variance is the difference between the classes.'],
+  ];
+  numbers.replaceChildren(...rows.map(([name, value, meaning]) => {
+    const row = make('div');
+    row.title = meaning;
+    row.append(make('dt', name), make('dd', value));
+    return row;
+  }));
+}
+
+function drawPositions() {
+  const select = find('[data-position]');
+  select.replaceChildren(...view.positions.map(({ position, token }) => {
+    const here = position === view.chosen.position ? ' (the direction’s)' : '';
+    const option = make('option', `${String(position).replace('-', '−')}  ${token ? readable(token) : 'end of the instruction'}${here}`);
+    option.value = position;
+    option.selected = position === view.position;
+    return option;
+  }));
+}
+
+function draw() {
+  const next = props.value || {};
+  const error = find('[data-error]');
+  error.hidden = !next.error;
+  error.textContent = next.error || '';
+  find('.map-body').setAttribute('aria-busy', 'false');
+  if (!next.map) return;
+  layer = view && layer !== null ? layer : next.layer;
+  view = next;
+  figures = { map: JSON.parse(view.map), separation: JSON.parse(view.separation) };
+  find('[data-idle]').hidden = true;
+  find('.map-body').hidden = false;
+  find('[data-layer]').max = view.layers.length - 1;
+  drawPositions();
+  drawNumbers();
+  if (seen) drawFigures();
+}
+
+let seen = false;
+new ResizeObserver(() => {
+  if (seen || !element.offsetWidth) return;
+  seen = true;
+  if (figures) drawFigures();
+}).observe(element);
+
+function pause() {
+  clearInterval(playing);
+  playing = undefined;
+  find('[data-play]').textContent = 'Play';
+}
+
+find('[data-layer]').addEventListener('input', (event) => { pause(); setLayer(Number(event.target.value)); });
+find('[data-position]').addEventListener('change', (event) => {
+  find('.map-body').setAttribute('aria-busy', 'true');
+  trigger('position', { position: Number(event.target.value) });
+});
+find('[data-play]').addEventListener('click', () => {
+  if (playing) { pause(); return; }
+  find('[data-play]').textContent = 'Pause';
+  const next = () => setLayer((layer + 1) % view.layers.length);
+  next();
+  playing = setInterval(next, 900);
+});
+find('[data-use]').addEventListener('click', () => {
+  document.querySelector('#tabs [role="tab"]').click();
+  const detail = find('[data-picked]').dataset.text;
+  // The tab is shown after the click has been dealt with; what is hidden cannot take the focus.
+  setTimeout(() => document.dispatchEvent(new CustomEvent('compose', { detail })), 60);
+});
+document.addEventListener('theme', () => { if (seen && figures && element.isConnected) drawFigures(); });
+watch('value', draw);
+draw();

@@ -1,0 +1,125 @@
+"""Figures of what was measured, as plotly figures that the page draws.
+
+Colour means one thing, the place on the refusal direction: `harmful` and `harmless` name a role in each trace's
+`meta`, and the page paints roles in the colours of its theme. Every layer of a map is a frame of one figure, so that
+the page moves through the layers by itself.
+"""
+
+import html
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import plotly
+import plotly.graph_objects as go
+from jaxtyping import Float
+
+from refusal_core.geometry import LayerMap
+from refusal_core.prompts import PromptSet
+
+PLOTLY_JS = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+"""The script that draws the figures, as it comes with plotly: nothing is fetched from elsewhere."""
+
+ROLES = {"harmful": ("#D55E00", "triangle-up"), "harmless": ("#0072B2", "circle")}
+"""Colour (in the light theme) and marker of each class: two cues, because one of them may not be seen."""
+
+MARGIN = 1.08
+
+
+def prompt_map(maps: Sequence[LayerMap], prompts: PromptSet, layer: int) -> go.Figure:
+    """The prompts on the first two principal components: a scatter of `layer`, and a frame for every layer.
+
+    Each layer is scaled by the root-mean-square distance of its prompts from their centre. The stream grows from
+    layer to layer; on one pair of axes the first layers would be a dot, and on axes of their own the axes would move.
+    """
+    scaled = [_scale(m) for m in maps]
+    hover = {"harmful": _hover(prompts, harmful=True), "harmless": _hover(prompts, harmful=False)}
+    figure = go.Figure(
+        data=[_scatter(role, scaled[layer][role], hover[role]) for role in ROLES],
+        frames=[
+            go.Frame(name=str(m.layer), data=[_coordinates(points[role]) for role in ROLES])
+            for m, points in zip(maps, scaled, strict=True)
+        ],
+    )
+    reach = MARGIN * max(float(np.abs(points[role]).max(initial=0)) for points in scaled for role in ROLES)
+    x_reach = MARGIN * max(float(np.abs(points[role][:, 0]).max(initial=0)) for points in scaled for role in ROLES)
+    figure.update_xaxes(range=[-x_reach or -1, x_reach or 1], title="PC1, toward refusing →", zeroline=True)
+    figure.update_yaxes(range=[-reach or -1, reach or 1], title="PC2", zeroline=True)
+    return _styled(figure).update_layout(hovermode="closest", uirevision="map")
+
+
+def separation_by_layer(maps: Sequence[LayerMap], chosen: int) -> go.Figure:
+    """How well each layer separates the classes, and how far its first component is the mean difference."""
+    seen = [m for m in maps if m.separation is not None]
+    layers = [m.layer for m in seen]
+    measures = [m.separation for m in seen if m.separation is not None]
+    lines = (
+        ("AUROC on PC1", "ink", "solid", "circle", [s.auroc_pc1 for s in measures]),
+        ("AUROC on the direction, held out", "muted", "dot", "square", [s.auroc for s in measures]),
+        ("|cos(PC1, mean difference)|", "accent", "dash", "diamond", [abs(s.cos_pc1) for s in measures]),
+    )
+    figure = go.Figure(
+        [
+            go.Scatter(
+                x=layers, y=values, name=name, meta={"role": role}, mode="lines+markers",
+                line={"dash": dash, "width": 2}, marker={"symbol": symbol, "size": 7},
+                hovertemplate=f"{name}: %{{y:.3f}}<extra>layer %{{x}}</extra>",
+            )
+            for name, role, dash, symbol, values in lines
+        ]
+    )  # fmt: skip
+    figure.add_vline(x=chosen, line={"width": 1, "dash": "dot"}, name="chosen")
+    figure.update_xaxes(title="layer (resid_pre)", range=[-0.3, len(maps) - 0.7], dtick=max(1, len(maps) // 12))
+    figure.update_yaxes(range=[0, 1.04], dtick=0.25)
+    return _styled(figure).update_layout(hovermode="x unified")
+
+
+def _scale(layer_map: LayerMap) -> dict[str, Float[np.ndarray, "prompt axis"]]:
+    points = np.concatenate([layer_map.harmful, layer_map.harmless])
+    size = float(np.sqrt((points**2).sum(1).mean())) or 1.0
+    return {role: getattr(layer_map, role)[:, :2] / size for role in ROLES}
+
+
+def _coordinates(points: Float[np.ndarray, "prompt axis"]) -> dict[str, list[float]]:
+    """As plain lists: plotly's packed arrays are not unpacked in frames."""
+    return {"x": points[:, 0].round(3).tolist(), "y": points[:, 1].round(3).tolist()}
+
+
+def _scatter(role: str, points: Float[np.ndarray, "prompt axis"], hover: Sequence[str]) -> go.Scatter:
+    colour, symbol = ROLES[role]
+    return go.Scatter(
+        **_coordinates(points),
+        name=role,
+        mode="markers",
+        meta={"role": role},
+        marker={"color": colour, "symbol": symbol, "size": 8, "opacity": 0.75},
+        hovertext=list(hover),
+        hoverinfo="text",
+    )
+
+
+def _hover(prompts: PromptSet, harmful: bool) -> list[str]:
+    """What is shown at a point: the prompt's text with its category. Plotly reads tags, so everything is escaped."""
+    texts = prompts.harmful if harmful else prompts.harmless
+    categories = (prompts.harmful_categories if harmful else prompts.harmless_categories) or ("",) * len(texts)
+    role = "harmful" if harmful else "harmless"
+    return [
+        "<br>".join(html.escape(line) for line in textwrap.wrap(text, 48, max_lines=6, placeholder=" …"))
+        + f"<br><i>{role}{html.escape(', ' + category) if category else ''}</i>"
+        for text, category in zip(texts, categories, strict=True)
+    ]
+
+
+def _styled(figure: go.Figure) -> go.Figure:
+    """Plain axes on the page's own ground; the page adds the theme's colours."""
+    figure.update_layout(
+        template="none",
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin={"l": 48, "r": 12, "t": 8, "b": 44},
+        font={"family": "system-ui, sans-serif", "size": 12},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        showlegend=False,
+    )
+    return figure

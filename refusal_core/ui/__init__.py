@@ -1,0 +1,19 @@
+"""The page: one file per tab, one bar above them, and the server that shows them. No maths in here.
+
+    server    the command line of the app, what the server allows, starting and stopping
+    page      all parts on one page
+    bar       what everything on the page is about: model, device, direction
+    talk      one prompt, three replies: unchanged, direction removed, direction added
+    map       where harmful and harmless prompts lie, layer by layer
+    engine    the model and its direction, prepared in the background and shared by all visitors
+
+Each part is a small component of its own: markup and script in `assets/ui`, data from here. What users and models
+write reaches the page as data and is set as text, never as markup.
+"""
+
+import os
+
+# Read by gradio and huggingface_hub while they are imported: neither reports to anybody.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("GRADIO_SSR_MODE", "False")

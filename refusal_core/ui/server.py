@@ -1,0 +1,167 @@
+"""The app as a program: its command line, what its server lets through, how it starts and ends.
+
+Nothing leaves the machine: the page may load from and talk to its own server only, and its policy says so to the
+browser. Only what the page needs is served; uploads are closed because nothing uploads.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from gradio.themes import Base
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from refusal_core.chat_model import ORGANISM
+from refusal_core.plots import PLOTLY_JS
+from refusal_core.ui.component import ASSETS
+from refusal_core.ui.engine import Engine, Failed, Ready
+from refusal_core.ui.page import build
+from refusal_core.ui.talk import Stops
+
+MAX_BODY = 2_000_000
+QUEUE = 64
+
+POLICY = "; ".join(
+    (
+        "default-src 'self'",
+        # Gradio compiles the components' templates and scripts in the page.
+        "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data: blob:",
+        "font-src 'self' data:",
+        "connect-src 'self'",
+        "worker-src 'self' blob:",
+        "object-src 'none'",
+        "base-uri 'self'",
+        "form-action 'self'",
+    )
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "permissions-policy": "camera=(), microphone=(), geolocation=()",
+}
+
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+
+
+class Guard:
+    """Adds the security headers to every answer; turns away uploads and bodies larger than any prompt."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request of the ASGI server."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                added = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": [*message["headers"], *added]}
+            await send(message)
+
+        refusal = _turned_away(scope)
+        await (refusal or self._app)(scope, receive, send_guarded)
+
+
+def _turned_away(scope: Scope) -> PlainTextResponse | None:
+    if scope["path"].startswith("/gradio_api/upload"):
+        return PlainTextResponse("Nothing is uploaded here.", 403)
+    length = dict(scope["headers"]).get(b"content-length", b"0")
+    if not length.isdigit() or int(length) > MAX_BODY:
+        return PlainTextResponse(f"A request has at most {MAX_BODY:,} bytes.", 413)
+    return None
+
+
+def routes(engine: Engine) -> list[BaseRoute]:
+    """What is served besides the page itself."""
+
+    def health(request: Request) -> JSONResponse:
+        status = engine.status
+        ready, failed = isinstance(status, Ready), isinstance(status, Failed)
+        return JSONResponse({"ready": ready, "failed": failed}, 503 if failed else 200)
+
+    def plotly(request: Request) -> FileResponse:
+        return FileResponse(PLOTLY_JS, media_type="text/javascript")
+
+    return [
+        Route("/healthz", health),
+        Route("/ui/plotly.min.js", plotly),
+        Mount("/ui", StaticFiles(directory=ASSETS)),
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="app.py", description="Explore the refusal direction of a chat model.")
+    parser.add_argument("--model", default=str(ORGANISM), help="folder or hub id; default: the embedded toy model")
+    parser.add_argument(
+        "--prompts", default="embedded", help="a .jsonl, .json or .csv file; default: the embedded lists"
+    )
+    parser.add_argument("--host", help="address to listen on; default: 127.0.0.1, only this machine")
+    parser.add_argument("--port", type=int, help="port; default: the first free one from 7860")
+    parser.add_argument("--share", action="store_true", help="a public link through Gradio's servers")
+    parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the app until it is interrupted; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    engine, stops = Engine(options.model, options.prompts), Stops()
+    page = build(engine, stops)
+    page.queue(max_size=QUEUE)
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    engine.start()
+    try:
+        _, url, shared = page.launch(
+            server_name=options.host,
+            server_port=options.port,
+            share=options.share,
+            inbrowser=not options.no_browser and _has_browser(),
+            prevent_thread_lock=True,
+            quiet=True,
+            head=f"<style>{(ASSETS / 'page.css').read_text('utf-8')}</style>",
+            theme=Base(font=FONTS, font_mono=MONOSPACE),
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            pwa=False,
+            show_error=False,
+            ssr_mode=False,
+            app_kwargs={"middleware": [Middleware(Guard)], "routes": routes(engine)},
+        )
+    except OSError as error:
+        print(f"The app cannot listen there ({error}): give another --host or --port.", file=sys.stderr)
+        engine.close()
+        return 1
+    print(f"The page is at {url}" + (f" and at {shared}" if shared else "") + " (Ctrl-C ends it)", flush=True)
+    ended.wait()
+    stops.stop_all()
+    engine.close()
+    page.close(verbose=False)
+    return 0
+
+
+def _has_browser() -> bool:
+    """Whether somebody sits in front of this machine who wants the page opened."""
+    at_a_terminal = sys.stdout.isatty() and "SSH_CONNECTION" not in os.environ and "SPACE_ID" not in os.environ
+    has_display = sys.platform in ("darwin", "win32") or bool(
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    )
+    return at_a_terminal and has_display and not Path("/.dockerenv").exists()

@@ -1,0 +1,313 @@
+"""Talk: one prompt, three replies from one batch, each pane with a history of its own.
+
+The truth is a tuple of turns in the visitor's session; the panes are a view of it, made here and drawn by
+`assets/ui/talk.js`. A conversation of a pane consists of what that pane said, so that text of a changed model can
+never reach the unchanged one.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+from refusal_core.chat_model import ModelError
+from refusal_core.generation import Ending, Step, stream_side_by_side
+from refusal_core.interventions import Intervention, Row
+from refusal_core.metrics import judge, refusal_probability
+from refusal_core.prompts import PromptError
+from refusal_core.ui.engine import Ready
+
+Pane = Literal["unchanged", "removed", "added"]
+PANES: tuple[Pane, ...] = get_args(Pane)
+Action = Literal["ask", "fresh", "again", "clear"]
+ACTIONS: dict[str, Action] = {action: action for action in get_args(Action)}
+
+MAX_CHARACTERS = 50_000
+MAX_NEW_TOKENS = 512
+UPDATES_PER_SECOND = 12
+ADDITION = (-1.0, 2.0)
+N_HARMLESS, N_HARMFUL = 6, 10
+
+OPENING = "How do I bake bread?"
+"""Asked when the page opens: the harmless half of the story, where adding the direction makes the model refuse."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a pane said; `refusal` is the probability that its first token was one a refusal starts with."""
+
+    text: str = ""
+    tokens: int = 0
+    ending: Ending | None = None
+    refusal: float | None = None
+    strength: float = 0.0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A prompt and the replies of the panes that were on; `example` marks the one the page asks by itself."""
+
+    prompt: str
+    replies: dict[Pane, Reply] = field(default_factory=dict)
+    example: bool = False
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What the page asks for. `removal` and `addition` are None where the pane is off."""
+
+    run: int
+    action: Action
+    prompt: str = ""
+    example: bool = False
+    removal: float | None = 1.0
+    addition: float | None = 1.0
+    temperature: float = 0.0
+    max_new_tokens: int = 128
+    seed: int = 0
+
+    @classmethod
+    def read(cls, sent: Mapping[str, object]) -> "Ask":
+        """The request in what a browser sent, which may be anything; raises PromptError and names the field."""
+        action = ACTIONS.get(str(sent.get("action")))
+        if action is None:
+            raise PromptError(
+                f"The page asked for {str(sent.get('action'))[:40]!r}, which is not known here: reload it."
+            )
+        prompt = sent.get("prompt")
+        return cls(
+            run=int(_number(sent, "run", 0.0, 2.0**53)),
+            action=action,
+            prompt=prompt if isinstance(prompt, str) else "",
+            example=sent.get("example") is True,
+            removal=None if sent.get("removal") is None else _number(sent, "removal", 0.0, 1.0),
+            addition=None if sent.get("addition") is None else _number(sent, "addition", *ADDITION),
+            temperature=_number(sent, "temperature", 0.0, 2.0),
+            max_new_tokens=int(_number(sent, "max_new_tokens", 1.0, float(MAX_NEW_TOKENS))),
+            seed=int(_number(sent, "seed", 0.0, 2.0**31)),
+        )
+
+
+def _number(sent: Mapping[str, object], name: str, low: float, high: float) -> float:
+    value = sent.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:  # NaN is in no range
+        raise PromptError(f"{name.replace('_', ' ').capitalize()} is a number from {low:g} to {high:g}: set it again.")
+    return float(value)
+
+
+class Stops:
+    """Who wants their replies stopped. A visitor reaches only the runs of their own session."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._runs: dict[str, tuple[int, threading.Event]] = {}
+        self._stopped: dict[str, int] = {}
+
+    def begin(self, session: str, run: int) -> threading.Event:
+        """The flag of this run, already set if its stop came first; an older run of the session is stopped."""
+        with self._lock:
+            if session in self._runs:
+                self._runs[session][1].set()
+            flag = threading.Event()
+            self._runs[session] = run, flag
+            if self._stopped.get(session, -1) >= run:
+                flag.set()
+            return flag
+
+    def stop(self, session: str, run: int) -> None:
+        """Stops this run of the session, or keeps it from starting."""
+        with self._lock:
+            self._stopped[session] = max(run, self._stopped.get(session, -1))
+            if session in self._runs and self._runs[session][0] <= run:
+                self._runs[session][1].set()
+
+    def forget(self, session: str) -> None:
+        """Stops what runs, because the visitor left."""
+        with self._lock:
+            _, flag = self._runs.pop(session, (0, threading.Event()))
+            flag.set()
+            self._stopped.pop(session, None)
+
+    def stop_all(self) -> None:
+        """Stops everything, because the program ends."""
+        with self._lock:
+            for _, flag in self._runs.values():
+                flag.set()
+
+
+def talk(
+    ready: Ready, turns: tuple[Turn, ...], ask: Ask, stop: threading.Event
+) -> Iterator[tuple[tuple[Turn, ...], dict]]:
+    """Carries out `ask`: yields the turns and the view of them, at most `UPDATES_PER_SECOND` times a second.
+
+    An error in the prompt leaves the turns as they were, and the view says it in one sentence.
+    """
+    if ask.action == "clear":
+        yield (), view((), ask.run)
+        return
+    try:
+        earlier, asked = _next_turn(turns, ask)
+        for turn in _replies(ready, earlier, asked, ask, stop):
+            finished = all(reply.ending for reply in turn.replies.values())
+            yield (*earlier, turn), view((*earlier, turn), ask.run, running=not finished)
+    except (PromptError, ModelError) as error:
+        yield turns, view(turns, ask.run, error=str(error))
+
+
+def _next_turn(turns: tuple[Turn, ...], ask: Ask) -> tuple[tuple[Turn, ...], Turn]:
+    """What stays of the conversation, and the turn to be answered."""
+    if ask.action == "again":
+        if not turns:
+            raise PromptError("There is nothing to repeat yet: write a message first.")
+        return turns[:-1], replace(turns[-1], replies={})
+    if len(ask.prompt) > MAX_CHARACTERS:
+        raise PromptError(
+            f"The prompt has {len(ask.prompt):,} characters and at most {MAX_CHARACTERS:,} are read: shorten it."
+        )
+    opened_by_itself = len(turns) == 1 and turns[0].example
+    earlier = () if ask.action == "fresh" or opened_by_itself else turns
+    return earlier, Turn(ask.prompt, example=ask.example)
+
+
+def _replies(ready: Ready, earlier: Sequence[Turn], turn: Turn, ask: Ask, stop: threading.Event) -> Iterator[Turn]:
+    """The turn while its replies grow, all panes in one batch."""
+    strengths = _strengths(ask)
+    conversations = [conversation((*earlier, turn), pane) for pane in strengths]
+    steps = stream_side_by_side(
+        ready.model,
+        conversations,
+        [_row(ready, pane, strength) for pane, strength in strengths.items()],
+        max_new_tokens=ask.max_new_tokens,
+        temperature=ask.temperature,
+        seed=ask.seed,
+        stop=stop,
+    )
+    turn = replace(turn, replies={pane: Reply(strength=strength) for pane, strength in strengths.items()})
+    shown = -math.inf
+    step = None
+    for step in steps:
+        turn = replace(turn, replies=_grown(ready, turn.replies, step))
+        now = time.monotonic()
+        if now - shown >= 1 / UPDATES_PER_SECOND or all(step.finished):
+            shown = now
+            yield turn
+    if step is None:
+        # Stopped before the first token: the message is kept.
+        yield replace(turn, replies={p: replace(r, ending="stopped") for p, r in turn.replies.items()})
+
+
+def _strengths(ask: Ask) -> dict[Pane, float]:
+    """The panes that are on, each with its strength."""
+    wanted: dict[Pane, float | None] = {"unchanged": 0.0, "removed": ask.removal, "added": ask.addition}
+    return {pane: strength for pane in PANES if (strength := wanted[pane]) is not None}
+
+
+def _row(ready: Ready, pane: Pane, strength: float) -> Row:
+    if pane == "unchanged":
+        return ()
+    return (Intervention(ready.found.direction, "ablate" if pane == "removed" else "add", strength),)
+
+
+def _grown(ready: Ready, replies: dict[Pane, Reply], step: Step) -> dict[Pane, Reply]:
+    if step.index == 0:
+        first = refusal_probability(step.logits, ready.found.refusal_tokens).tolist()
+        replies = {pane: replace(r, refusal=p) for (pane, r), p in zip(replies.items(), first, strict=True)}
+    return {
+        pane: replace(reply, text=text, ending=ending, tokens=reply.tokens + (token is not None))
+        for (pane, reply), text, ending, token in zip(
+            replies.items(), step.texts, step.finished, step.tokens, strict=True
+        )
+    }
+
+
+def conversation(turns: Sequence[Turn], pane: Pane) -> list[dict[str, str]]:
+    """The chat as `pane` has had it, ending with the last prompt; turns in which it said nothing are left out."""
+    messages = []
+    for turn in turns[:-1]:
+        if pane in turn.replies and turn.replies[pane].text:
+            messages.append({"role": "user", "content": turn.prompt})
+            messages.append({"role": "assistant", "content": turn.replies[pane].text})
+    return [*messages, {"role": "user", "content": turns[-1].prompt}]
+
+
+# -- the view ------------------------------------------------------------------------------------------------------
+
+
+def view(turns: Sequence[Turn], run: int, *, running: bool = False, error: str = "") -> dict:
+    """What the page draws: plain data, in which every text is still just text."""
+    return {
+        "run": run,
+        "running": running,
+        "error": error,
+        "notice": "" if running or error or not turns else _notice(turns[-1]),
+        "turns": [
+            {
+                "prompt": turn.prompt,
+                "example": turn.example,
+                "replies": {pane: _reply_view(reply) for pane, reply in turn.replies.items()},
+            }
+            for turn in turns
+        ],
+    }
+
+
+def _reply_view(reply: Reply) -> dict:
+    shown = {
+        "text": reply.text,
+        "tokens": reply.tokens,
+        "ending": reply.ending or "",
+        "refusal": reply.refusal,
+        "strength": reply.strength,
+    }
+    if reply.ending is None or (reply.ending == "stopped" and not reply.text):
+        return shown
+    verdict = judge(reply.text, "default")
+    if reply.ending == "stopped" and not verdict.refused:
+        return shown
+    return shown | {"verdict": verdict.label, "because": verdict.phrase or verdict.reason}
+
+
+def _notice(turn: Turn) -> str:
+    """What the replies show taken together, where that needs saying."""
+    said = {reply.text for reply in turn.replies.values()}
+    changed = [reply for reply in turn.replies.values() if reply.strength]
+    if changed and len(said) == 1 and all(reply.ending != "stopped" for reply in turn.replies.values()):
+        return "All panes answered the same: the direction hardly matters for this prompt."
+    if (pushed := turn.replies.get("added")) and pushed.ending and "repeats" in judge(pushed.text, "default").reason:
+        return f"The text repeats itself: the push is too strong. Try below {pushed.strength:g}×."
+    return ""
+
+
+def opening_view(ready: Ready) -> dict:
+    """The first view: prompts to choose from, drawn from those the direction has not seen, and one to begin with."""
+    examples = ready.examples
+    harmless = _examples(examples.harmless, examples.harmless_categories, N_HARMLESS)
+    harmful = _examples(examples.harmful, examples.harmful_categories, N_HARMFUL)
+    return view((), 0) | {
+        "examples": {
+            "opening": OPENING,
+            "layer": ready.found.direction.source.layer,
+            "harmless": [text for _, text in harmless],
+            "harmful": [{"category": category, "text": text} for category, text in sorted(harmful)],
+        }
+    }
+
+
+def _examples(texts: Sequence[str], categories: Sequence[str], n: int) -> list[tuple[str, str]]:
+    """At most `n` (category, prompt), one of each category, that begin in as many ways as there are."""
+    by_look = sorted(zip(categories, texts, strict=True), key=lambda pair: _looks(pair[1]))
+    chosen: dict[str, str] = {}
+    for may_repeat in (False, True):
+        for category, text in by_look:
+            begun = {c.split()[0] for c in chosen.values()}
+            if category not in chosen and len(chosen) < n and (may_repeat or text.split()[0] not in begun):
+                chosen[category] = text
+    return list(chosen.items())
+
+
+def _looks(text: str) -> tuple[bool, bool, int]:
+    """Sorts prompts by how well they read as a button: questions first, then other sentences, short ones first."""
+    is_sentence = text[:1].isupper() and text[-1:] in ".?!"
+    return not (is_sentence and text.endswith("?")), not is_sentence, len(text)

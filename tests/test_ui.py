@@ -1,0 +1,656 @@
+"""What the page promises, seen through a real browser; and the rules of a conversation, without one."""
+
+import os
+import queue
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from refusal_core.prompts import PromptError
+from refusal_core.ui.engine import Engine, Ready
+from refusal_core.ui.talk import (
+    MAX_CHARACTERS,
+    OPENING,
+    PANES,
+    Ask,
+    Reply,
+    Stops,
+    Turn,
+    conversation,
+    opening_view,
+    talk,
+    view,
+)
+
+ROOT = Path(__file__).parent.parent
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PREPARED = 180
+CHOICES = (("--model", "REFUSAL_TEST_MODEL"), ("--prompts", "REFUSAL_TEST_PROMPTS"))
+"""The tests run on the embedded model and prompts; these variables name others."""
+
+SENT = {
+    "run": 1,
+    "action": "ask",
+    "prompt": "Hi",
+    "removal": 1,
+    "addition": 1,
+    "temperature": 0,
+    "max_new_tokens": 8,
+    "seed": 0,
+}
+
+
+# -- the rules of a conversation -----------------------------------------------------------------------------------
+
+
+def test_no_order_of_events_brings_text_of_one_pane_into_the_history_of_another():
+    rng = random.Random(0)
+    for _ in range(200):
+        turns = []
+        for number in range(rng.randint(1, 6)):
+            on = [pane for pane in PANES if pane == "unchanged" or rng.random() < 0.7]
+            turns.append(Turn(f"prompt {number}", {p: Reply(f"{p} {number}" * rng.randint(0, 1)) for p in on}))
+        for pane in PANES:
+            messages = conversation(turns, pane)
+            said = [m["content"] for m in messages if m["role"] == "assistant"]
+            assert all(text.startswith(pane) for text in said)
+            assert [m["role"] for m in messages] == ["user", "assistant"] * len(said) + ["user"]
+            assert messages[-1]["content"] == turns[-1].prompt
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"addition": 7},
+        {"addition": "1"},
+        {"removal": -0.1},
+        {"removal": True},
+        {"temperature": float("nan")},
+        {"max_new_tokens": 10**9},
+        {"max_new_tokens": None},
+        {"seed": -1},
+        {"run": "x"},
+        {"action": "drop"},
+        {"action": ["ask"]},
+    ],
+)
+def test_a_forged_request_is_refused_with_a_sentence_that_names_the_field(forged):
+    with pytest.raises(PromptError) as refused:
+        Ask.read(SENT | forged)
+    assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
+
+
+def test_a_pane_that_is_off_is_not_a_pane_of_strength_zero():
+    assert Ask.read(SENT | {"addition": None}).addition is None
+    assert Ask.read(SENT | {"addition": 0}).addition == 0
+
+
+def test_a_stop_reaches_the_runs_of_its_own_session_only():
+    stops = Stops()
+    mine, theirs = stops.begin("me", 1), stops.begin("they", 1)
+    stops.stop("me", 1)
+    assert mine.is_set() and not theirs.is_set()
+
+
+def test_a_stop_that_comes_before_its_run_keeps_it_from_starting_and_no_later_one():
+    stops = Stops()
+    stops.stop("me", 1)
+    assert stops.begin("me", 1).is_set()
+    assert not stops.begin("me", 2).is_set()
+
+
+def test_a_new_run_stops_the_one_before_it_and_a_late_stop_does_not_hit_the_new_one():
+    stops = Stops()
+    first, second = stops.begin("me", 1), stops.begin("me", 2)
+    stops.stop("me", 1)
+    assert first.is_set() and not second.is_set()
+
+
+@pytest.fixture(scope="module")
+def ready() -> Ready:
+    """The model and its direction, without a page."""
+    options = dict(zip(("name", "prompts"), (os.environ.get(v) for _, v in CHOICES), strict=True))
+    engine = Engine(**{name: value for name, value in options.items() if value})
+    engine.start()
+    *progress, status = engine.changes()
+    assert isinstance(status, Ready), status
+    assert progress
+    return status
+
+
+def test_a_stop_in_the_middle_keeps_the_message_and_what_was_said(ready):
+    stop = threading.Event()
+    steps = []
+    for step in talk(ready, (), Ask(1, "fresh", OPENING), stop):
+        steps.append(step)
+        stop.set()
+    turns, shown = steps[-1]
+    assert turns[-1].prompt == OPENING
+    assert [reply.ending for reply in turns[-1].replies.values()] == ["stopped"] * 3
+    assert all(0 < reply.tokens < 4 for reply in turns[-1].replies.values())
+    assert not shown["running"]
+
+
+def test_the_panes_stream_and_the_view_is_that_of_the_turns(ready):
+    steps = list(talk(ready, (), Ask(1, "fresh", OPENING), threading.Event()))
+    assert len(steps) > 1
+    assert [shown["running"] for _, shown in steps] == [True] * (len(steps) - 1) + [False]
+    turns, shown = steps[-1]
+    assert {pane: reply.text for pane, reply in turns[0].replies.items()} == {
+        pane: reply["text"] for pane, reply in shown["turns"][0]["replies"].items()
+    }
+    assert all(reply["verdict"] for reply in shown["turns"][0]["replies"].values())
+
+
+def test_a_refused_prompt_leaves_the_conversation_as_it_was(ready):
+    turns = (Turn("Hi", {"unchanged": Reply("Hello.", 2, "end")}),)
+    for prompt in ("", "a" * (MAX_CHARACTERS + 1), "word " * 2000):
+        ((left, shown),) = talk(ready, turns, Ask(1, "ask", prompt), threading.Event())
+        assert left == turns
+        assert shown["error"]
+
+
+def test_the_examples_are_prompts_that_the_direction_has_not_seen(ready):
+    examples = opening_view(ready)["examples"]
+    shown = {*examples["harmless"], *(e["text"] for e in examples["harmful"])}
+    seen = {*ready.found.prompts.harmful, *ready.found.prompts.harmless}
+    assert shown
+    assert not shown & seen
+
+
+def test_a_view_says_when_the_panes_do_not_differ():
+    same = {"unchanged": Reply("Yes.", 2, "end"), "added": Reply("Yes.", 2, "end", strength=1.0)}
+    assert "answered the same" in view([Turn("Hi", same)], 1)["notice"]
+    other = same | {"added": Reply("No.", 2, "end", strength=1.0)}
+    assert not view([Turn("Hi", other)], 1)["notice"]
+
+
+# -- the program and the browser -----------------------------------------------------------------------------------
+
+
+@dataclass
+class App:
+    """A running app: its address, its process, and what it wrote."""
+
+    url: str
+    process: subprocess.Popen
+    log: Path
+
+
+def start(log: Path, *arguments: str) -> App:
+    """Starts the app on a free port and waits until it listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "app.py", "--port", str(port), "--no-browser", *arguments],
+            cwd=ROOT,
+            stdout=out,
+            stderr=out,
+        )
+    app = App(f"http://127.0.0.1:{port}", process, log)
+    wait_for(lambda: health(app) is not None, app, "listens")
+    return app
+
+
+def health(app: App) -> str | None:
+    """What the app says of itself, or None if it does not listen."""
+    try:
+        with urllib.request.urlopen(f"{app.url}/healthz", timeout=5) as answer:
+            return answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.read().decode()
+    except OSError:
+        return None
+
+
+def wait_for(condition, app: App, what: str) -> None:
+    """Waits until `condition()`; fails with the log if the app ends or takes too long."""
+    deadline = time.monotonic() + PREPARED
+    while not condition():
+        assert app.process.poll() is None and time.monotonic() < deadline, f"until it {what}:\n{app.log.read_text()}"
+        time.sleep(0.2)
+
+
+def end(app: App) -> int:
+    """Ends the app as a service manager does, and gives its exit status."""
+    app.process.send_signal(signal.SIGTERM)
+    return app.process.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory) -> Iterator[App]:
+    """The app on the embedded model, ready."""
+    arguments = []
+    for option, variable in CHOICES:
+        if value := os.environ.get(variable):
+            arguments += [option, value]
+    app = start(tmp_path_factory.mktemp("app") / "log.txt", *arguments)
+    try:
+        wait_for(lambda: "true" in (health(app) or ""), app, "is ready")
+        assert '"ready":true' in (health(app) or "")
+        yield app
+    finally:
+        status = end(app)
+    assert status == 0, app.log.read_text()
+    assert "Traceback" not in app.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """Chromium: the one on the path, else the one that `playwright install chromium` fetched."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next((found for name in names if (found := shutil.which(name))), None)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Watched:
+    """What a page did besides what it showed."""
+
+    urls: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+def open_tab(
+    chromium: Browser, app: App, width: int = 1280, height: int = 860, scheme: str = "light"
+) -> tuple[Page, Watched]:
+    """The page in a context of its own, and what it does."""
+    tab = chromium.new_context(viewport={"width": width, "height": height}, color_scheme=scheme).new_page()
+    seen = Watched()
+    tab.on("request", lambda request: seen.urls.append(request.url))
+    tab.on("console", lambda message: seen.faults.append(message.text) if message.type == "error" else None)
+    tab.on("pageerror", lambda error: seen.faults.append(str(error)))
+    tab.goto(app.url)
+    return tab, seen
+
+
+@pytest.fixture
+def watched(chromium, app) -> Iterator[tuple[Page, Watched]]:
+    """The page once it has opened; at the end it must have been silent, and have asked nobody but its own server."""
+    tab, seen = open_tab(chromium, app)
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+    idle(tab)
+    yield tab, seen
+    tab.context.close()
+    assert not seen.faults
+    assert {url for url in seen.urls if not url.startswith((app.url, "data:", "blob:"))} == set()
+
+
+@pytest.fixture
+def tab(watched) -> Page:
+    return watched[0]
+
+
+def idle(tab: Page) -> None:
+    expect(tab.locator(".turns")).to_have_attribute("aria-busy", "false", timeout=30_000)
+
+
+def ask(tab: Page, text: str) -> None:
+    """Types a message, sends it with Enter, and waits for the replies."""
+    tab.get_by_label("Message").fill(text)
+    tab.get_by_label("Message").press("Enter")
+    expect(tab.locator(".turn .words").last).to_have_text(text)
+    idle(tab)
+
+
+def replies(tab: Page) -> list[str]:
+    return tab.locator(".turn").last.locator(".reply").all_inner_texts()
+
+
+def set_dial(tab: Page, name: str, value: float) -> None:
+    """Moves a dial as a hand does, and waits for the panes to have answered again."""
+    tab.locator(f"#{name}").evaluate(
+        "(dial, value) => { dial.value = value; dial.dispatchEvent(new Event('input', {bubbles: true})); }", value
+    )
+    tab.wait_for_timeout(400)
+    idle(tab)
+
+
+# -- what a visitor sees -------------------------------------------------------------------------------------------
+
+
+def test_three_live_replies_are_there_three_seconds_after_opening_without_a_click(chromium, app):
+    tab, seen = open_tab(chromium, app)
+    began = time.monotonic()
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+    assert time.monotonic() - began < 3
+    assert all(replies(tab))
+    assert not seen.faults
+    tab.context.close()
+
+
+def test_the_bar_says_which_model_device_and_direction(tab):
+    facts = tab.locator(".facts")
+    expect(facts).to_contain_text("layers")
+    expect(facts).to_contain_text("CPU")
+    expect(facts).to_contain_text("position −")
+    tab.locator(".chip summary").click()
+    for word in ("bypass", "induce", "KL", "start like a refusal"):
+        expect(tab.locator(".sheet")).to_contain_text(word)
+
+
+def test_a_typed_prompt_streams_into_three_panes_and_the_next_one_goes_on_from_there(tab):
+    tab.get_by_role("button", name="Clear").click()
+    expect(tab.locator(".turn")).to_have_count(0)
+    tab.evaluate(
+        """() => { window.lengths = new Set();
+        new MutationObserver(() => lengths.add(document.querySelector('.reply')?.textContent.length))
+          .observe(document.querySelector('.turns'), {subtree: true, childList: true, characterData: true}); }"""
+    )
+    ask(tab, "Write a poem about the sea.")
+    assert tab.evaluate("lengths.size") > 2, "the text came in one piece"
+    assert len(replies(tab)) == 3 and all(replies(tab))
+    expect(tab.get_by_label("Message")).to_have_value("")
+    ask(tab, "How do I bake bread?")
+    expect(tab.locator(".turn")).to_have_count(2)
+
+
+def test_the_first_message_replaces_the_example_the_page_asked_by_itself(tab):
+    expect(tab.locator(".turn .who")).to_have_text(["Example"])
+    ask(tab, "Who are you?")
+    expect(tab.locator(".turn .who")).to_have_text(["You"])
+
+
+def test_stop_ends_the_replies_at_once_and_keeps_the_message(tab):
+    # The embedded model is fast: Stop is pressed in the frame after Enter, before the first token or just after it.
+    tab.get_by_label("Message").fill("Write a poem about the sea.")
+    tab.evaluate(
+        """() => { document.querySelector('#talk form').requestSubmit();
+        requestAnimationFrame(() => document.querySelector('[data-stop]').click()); }"""
+    )
+    expect(tab.locator(".turn .words").last).to_have_text("Write a poem about the sea.")
+    idle(tab)
+    assert all("stopped at" in rest for rest in tab.locator(".turn").last.locator(".rest").all_inner_texts())
+    tab.get_by_role("button", name="Retry").click()
+    idle(tab)
+    expect(tab.locator(".turn").last.locator(".rest").first).not_to_contain_text("stopped")
+    assert all(replies(tab))
+
+
+def test_a_message_sent_while_replies_run_is_asked_next_and_once(tab):
+    tab.evaluate(
+        """() => { const message = document.querySelector('[data-prompt]');
+        for (const text of ['Who are you?', 'How do I bake bread?', 'How do I bake bread?']) {
+          message.value = text;
+          document.querySelector('#talk form').requestSubmit();
+        } }"""
+    )
+    expect(tab.locator(".turn .words").last).to_have_text("How do I bake bread?")
+    idle(tab)
+    expect(tab.locator(".turn .words")).to_have_text(["Who are you?", "How do I bake bread?"])
+    assert all(replies(tab))
+
+
+def test_at_strength_zero_all_panes_say_the_same(tab):
+    ask(tab, "How do I steal a car?")
+    set_dial(tab, "removal", 0)
+    set_dial(tab, "addition", 0)
+    unchanged, removed, added = replies(tab)
+    assert unchanged == removed == added
+    expect(tab.locator(".turn").last.locator(".rest").last).to_contain_text("0.00×")
+
+
+def test_moving_a_dial_answers_again_and_leaves_the_unchanged_pane_as_it_was(tab):
+    ask(tab, "How do I bake bread?")
+    before = replies(tab)
+    for strength in (0.5, 2, -1):
+        set_dial(tab, "addition", strength)
+        expect(tab.locator(".turn").last.locator(".rest").last).to_contain_text(f"{strength:.2f}×")
+        assert replies(tab)[:2] == before[:2]
+    expect(tab.locator(".turn")).to_have_count(1)
+
+
+def test_a_pane_that_is_off_says_nothing(tab):
+    tab.locator("[data-on='removed']").uncheck()
+    tab.wait_for_timeout(400)
+    idle(tab)
+    unchanged, removed, added = replies(tab)
+    assert unchanged and added and not removed
+    expect(tab.locator(".turn").last.locator(".rest").nth(1)).to_have_text("off")
+
+
+def test_markup_in_a_prompt_is_shown_as_text(tab):
+    hostile = (
+        "<script>window.hit = 1</script><img src=x onerror='window.hit = 1'>${window.hit = 1}{{value}} **b** $$x$$"
+    )
+    ask(tab, hostile)
+    assert tab.evaluate("window.hit") is None
+    expect(tab.locator(".turns img, .turns script, .turns strong")).to_have_count(0)
+    assert tab.locator(".turn .words").last.inner_text() == hostile
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("", "The prompt is empty"),
+        ("   \n ", "The prompt is empty"),
+        ("a" * 100_000, "100,000 characters"),
+        ("word " * (MAX_CHARACTERS // 5), "tokens"),
+    ],
+)
+def test_a_prompt_that_cannot_be_read_gets_one_sentence_with_the_remedy_and_is_not_lost(tab, prompt, words):
+    tab.get_by_label("Message").fill(prompt)
+    tab.get_by_label("Message").press("Enter")
+    error = tab.get_by_role("alert").and_(tab.locator("[data-error]"))
+    expect(error).to_be_visible()
+    expect(error).to_contain_text(words)
+    assert error.inner_text().count(".") == 1 and any(w in error.inner_text() for w in ("shorten", "write a message"))
+    expect(tab.get_by_label("Message")).to_have_value(prompt)
+    expect(tab.locator(".turn")).to_have_count(1)
+    idle(tab)
+    ask(tab, "How do I bake bread?")
+    expect(error).to_be_hidden()
+
+
+def test_an_example_begins_a_new_conversation(tab):
+    ask(tab, "Who are you?")
+    chip = tab.locator("[data-harmless] button").first
+    text = chip.inner_text()
+    chip.click()
+    expect(tab.locator(".turn .words")).to_have_text([text])
+    idle(tab)
+    expect(tab.locator("[data-harmful] button").first).to_be_hidden()
+    tab.get_by_text("Requests that a model should refuse").click()
+    expect(tab.locator("[data-harmful] button").first).to_be_visible()
+
+
+def test_the_page_can_be_used_with_the_keyboard_alone(tab):
+    tab.locator("body").press("/")
+    expect(tab.get_by_label("Message")).to_be_focused()
+    tab.keyboard.type("one")
+    tab.keyboard.press("Shift+Enter")
+    tab.keyboard.type("two")
+    expect(tab.get_by_label("Message")).to_have_value("one\ntwo")
+    tab.get_by_role("tab", name="Talk").focus()
+    tab.keyboard.press("Tab")
+    expect(tab.get_by_role("tab", name="Map")).to_be_focused()
+    tab.keyboard.press("Enter")
+    expect(tab.locator("[data-layer]")).to_be_visible()
+
+
+def test_two_visitors_do_not_see_each_others_conversations_or_strengths(chromium, app):
+    tabs = [open_tab(chromium, app)[0] for _ in range(2)]
+    for tab in tabs:
+        expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+        idle(tab)
+    set_dial(tabs[0], "addition", 0)
+    for tab, text in zip(tabs, ("Who are you?", "How do I bake bread?"), strict=True):
+        tab.get_by_label("Message").fill(text)
+        tab.get_by_label("Message").press("Enter")
+    for tab, text, strength in zip(tabs, ("Who are you?", "How do I bake bread?"), ("0.00×", "1.00×"), strict=True):
+        expect(tab.locator(".turn .words")).to_have_text([text])
+        idle(tab)
+        expect(tab.locator(".rest").last).to_contain_text(strength)
+    assert replies(tabs[0])[0] == replies(tabs[0])[2]
+    for tab in tabs:
+        tab.context.close()
+
+
+# -- the map -------------------------------------------------------------------------------------------------------
+
+
+def open_map(tab: Page) -> None:
+    tab.get_by_role("tab", name="Map").click()
+    expect(tab.locator("[data-map] .point").first).to_be_visible(timeout=20_000)
+    expect(tab.locator("[data-separation] .point").first).to_be_visible(timeout=20_000)
+
+
+def places(tab: Page) -> list[str]:
+    return tab.locator("[data-map] .point").evaluate_all("points => points.map(p => p.getAttribute('transform'))")
+
+
+def test_the_layer_slider_moves_the_points_without_asking_the_server(watched):
+    tab, seen = watched
+    open_map(tab)
+    tab.wait_for_timeout(500)
+    before, asked = places(tab), len(seen.urls)
+    slider = tab.locator("[data-layer]")
+    slider.focus()
+    slider.press("ArrowRight")
+    tab.wait_for_timeout(900)
+    after = places(tab)
+    assert len(before) == len(after) > 20
+    assert sum(a != b for a, b in zip(before, after, strict=True)) > len(before) / 2
+    assert len(seen.urls) == asked, seen.urls[asked:]
+    expect(tab.locator("[data-layer-value]")).to_contain_text(slider.input_value())
+
+
+def test_the_map_has_other_positions_and_keeps_the_layer(tab):
+    open_map(tab)
+    slider = tab.locator("[data-layer]")
+    slider.press("End")
+    last = slider.input_value()
+    before = places(tab)
+    other = tab.locator("[data-position] option:not(:checked)").last.get_attribute("value")
+    tab.locator("[data-position]").select_option(other)
+    tab.wait_for_function(
+        "before => document.querySelector('[data-map] .point').getAttribute('transform') !== before", arg=before[0]
+    )
+    assert slider.input_value() == last
+
+
+def test_a_point_shows_its_prompt_and_can_be_asked(tab):
+    open_map(tab)
+    box = tab.locator("[data-map] .point").first.bounding_box()
+    tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    expect(tab.locator("[data-map] .hoverlayer text").first).to_be_visible()
+    tab.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    expect(tab.locator("[data-picked]")).to_be_visible()
+    tab.get_by_role("button", name="Ask this in Talk").click()
+    expect(tab.get_by_label("Message")).to_be_focused()
+    assert tab.get_by_label("Message").input_value() in tab.locator("[data-picked] p").text_content()
+
+
+WIDER = """[...document.querySelectorAll('main *')]
+  .filter(e => e.checkVisibility() && e.offsetWidth && e.getBoundingClientRect().right > innerWidth + 1)
+  .map(e => e.outerHTML.slice(0, 80))"""
+
+
+# -- looks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [360, 820, 1280])
+def test_nothing_is_wider_than_the_screen(chromium, app, width):
+    tab, seen = open_tab(chromium, app, width=width, height=740)
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+    for name in ("Talk", "Map"):
+        if name == "Map":
+            open_map(tab)
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.evaluate(WIDER) == []
+        tab.locator(".chip summary").click()
+        assert tab.evaluate(WIDER) == []
+        tab.keyboard.press("Escape")
+    assert not seen.faults
+    tab.context.close()
+
+
+def test_on_a_phone_the_unchanged_reply_stays_and_one_of_the_others_is_shown(chromium, app):
+    tab, _ = open_tab(chromium, app, width=360, height=740)
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+    for shown, hidden in (("added", "removed"), ("removed", "added")):
+        tab.locator(f"[data-segment='{shown}']").click()
+        expect(tab.locator(".cell[data-pane='unchanged']")).to_be_visible()
+        expect(tab.locator(f".cell[data-pane='{shown}']")).to_be_visible()
+        expect(tab.locator(f".cell[data-pane='{hidden}']")).to_be_hidden()
+    tab.context.close()
+
+
+def test_the_theme_follows_the_system_and_the_switch(chromium, app):
+    tab, seen = open_tab(chromium, app, scheme="dark")
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+    open_map(tab)
+    ground = "getComputedStyle(document.body).backgroundColor"
+    marker = "document.querySelector('[data-map] .point').style.fill"
+    dark = tab.evaluate(ground), tab.evaluate(marker)
+    tab.get_by_role("button", name="Switch between light and dark").click()
+    tab.wait_for_function(f"before => {marker} !== before", arg=dark[1])
+    assert tab.evaluate(ground) != dark[0]
+    assert not seen.faults
+    tab.context.close()
+
+
+# -- the server ----------------------------------------------------------------------------------------------------
+
+
+def test_the_server_lets_the_page_load_nothing_from_elsewhere_and_takes_no_uploads(app):
+    with urllib.request.urlopen(app.url) as answer:
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'self'" in policy and "http" not in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    for path, status in (("/gradio_api/upload", 403), ("/gradio_api/queue/join", 413)):
+        request = urllib.request.Request(app.url + path, data=b"x" * 3_000_000, method="POST")
+        with pytest.raises((urllib.error.HTTPError, ConnectionError, urllib.error.URLError)) as refused:
+            urllib.request.urlopen(request)
+        assert not isinstance(refused.value, urllib.error.HTTPError) or refused.value.code == status
+
+
+def test_a_model_that_is_not_there_is_said_in_one_sentence_on_the_page(chromium, tmp_path):
+    app = start(tmp_path / "log.txt", "--model", str(tmp_path / "nowhere"))
+    tab, _ = open_tab(chromium, app)
+    expect(tab.locator("[data-failed]")).to_contain_text("There is no model folder", timeout=30_000)
+    assert '"failed":true' in health(app)
+    tab.context.close()
+    assert end(app) == 0
+
+
+def test_the_program_ends_with_status_zero_while_replies_are_streaming(chromium, app, tmp_path):
+    arguments = app.process.args[5:]
+    second = start(tmp_path / "log.txt", *arguments)
+    tab, _ = open_tab(chromium, second)
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=PREPARED * 1000)
+    tab.locator("[data-length]").fill("400")
+    tab.locator("[data-temperature]").fill("2")
+    tab.get_by_label("Message").fill("Hi")
+    tab.get_by_label("Message").press("Enter")
+    expect(tab.locator(".turns")).to_have_attribute("aria-busy", "true")
+    ended: queue.Queue[int] = queue.Queue()
+    threading.Thread(target=lambda: ended.put(end(second))).start()
+    assert ended.get(timeout=25) == 0
+    tab.context.close()
