@@ -176,7 +176,9 @@ class ChatModel:
         while all(len(r) > same and r[-1 - same] == rendered[0][-1 - same] for r in rendered):
             same += 1
         if not same:
-            raise ModelError(f"The chat template of {self.name} ends differently for every message: nothing to read at.")
+            raise ModelError(
+                f"The chat template of {self.name} ends differently for every message: nothing to read at."
+            )
         return same
 
     @functools.cached_property
@@ -266,7 +268,9 @@ class ChatModel:
         edits = RowEdits(self.check_rows(rows, len(batch.index)))
         step = _Step(edits, read, start)
         positions = (batch.mask.cumsum(-1) - 1).clamp(min=0)
-        result = self._forward(step, input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions, use_cache=False)
+        result = self._forward(
+            step, input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions, use_cache=False
+        )
         return Output(result.logits[:, -1], torch.stack(step.reads, dim=2) if read is not None else None)
 
     def begin(
@@ -346,7 +350,9 @@ class ChatModel:
             for point in points:
                 handle = point.register_forward_hook(lambda module, args, x: writes.append(x.float()))
                 stack.callback(handle.remove)
-            handle = self._bridge.blocks[-1].hook_out.register_forward_hook(lambda module, args, x: final.append(x.float()))
+            handle = self._bridge.blocks[-1].hook_out.register_forward_hook(
+                lambda module, args, x: final.append(x.float())
+            )
             stack.callback(handle.remove)
             self.run(self._pad((0,), [self._render(PROBES[0])]))
         rest = (torch.stack([w.to(self.device) for w in writes]).sum(0) - final[0]).norm() / final[0].norm()
@@ -451,7 +457,9 @@ def _find(name: str, revision: str | None) -> tuple[Path, str | None]:
             f"{name} needs its licence accepted at https://huggingface.co/{name}, and a login (`hf auth login`)."
         ) from error
     except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
-        raise ModelError(f"The hub has no public model {name} (revision {revision or 'main'}): check the name.") from error
+        raise ModelError(
+            f"The hub has no public model {name} (revision {revision or 'main'}): check the name."
+        ) from error
     except (hub_errors.LocalEntryNotFoundError, hub_errors.HfHubHTTPError, OSError) as error:
         raise ModelError(
             f"{name} is not on this machine and the hub cannot be reached: connect, or give a local folder."
@@ -517,7 +525,9 @@ def _first_line(error: BaseException) -> str:
 
 def _fingerprint(folder: Path) -> str:
     """Names the weights themselves: a hash of the config and of each safetensors file's size, header and samples."""
-    digest = hashlib.sha256(json.dumps(json.loads((folder / "config.json").read_text("utf-8")), sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps(json.loads((folder / "config.json").read_text("utf-8")), sort_keys=True).encode()
+    )
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())

@@ -79,7 +79,9 @@ class Direction:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT or set(file.keys()) != {"unit", "norm"}:
-                    raise DirectionError(f"{Path(path).name} is a safetensors file, but not one with a saved direction.")
+                    raise DirectionError(
+                        f"{Path(path).name} is a safetensors file, but not one with a saved direction."
+                    )
                 unit, norm = file.get_tensor("unit"), file.get_tensor("norm").item()
             known = {f.name for f in fields(Source)}
             source = Source(**{k: v for k, v in json.loads(metadata["source"]).items() if k in known})

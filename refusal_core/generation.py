@@ -80,16 +80,16 @@ def stream_side_by_side(
         stopped = stop is not None and stop.is_set()
         if stopped:
             finished = [ending or "stopped" for ending in finished]
-        texts = tuple(_decode(model, reply, ending is not None) for reply, ending in zip(replies, finished, strict=True))
+        texts = tuple(
+            _decode(model, reply, ending is not None) for reply, ending in zip(replies, finished, strict=True)
+        )
         yield Step(index, tuple(added), texts, tuple(finished), decoding.logits)
         if all(finished):
             return
         decoding.step(chosen)
 
 
-def _choose_tokens(
-    logits: Float[Tensor, "row d_vocab"], temperature: float, noise: torch.Generator
-) -> list[int]:
+def _choose_tokens(logits: Float[Tensor, "row d_vocab"], temperature: float, noise: torch.Generator) -> list[int]:
     if temperature == 0:
         return logits.argmax(-1).tolist()
     uniform = torch.rand(logits.shape[-1], generator=noise, dtype=torch.float64).clamp(min=1e-300)

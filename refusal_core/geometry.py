@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score, silhouette_score
-from torch import Tensor
 
 from refusal_core.directions import ZERO_NORM
 from refusal_core.selection import Found
@@ -88,7 +87,7 @@ def _separation(points: list[np.ndarray], val: list[np.ndarray], cos_pc1: float,
         auroc=_auroc(*val),
         auroc_pc1=_auroc(points[0][:, 0], points[1][:, 0]),
         d_prime=float((val[0].mean() - val[1].mean()) / spread),
-        silhouette=float(silhouette_score(np.concatenate(points), labels)) if 1 < len(labels) - 1 else float("nan"),
+        silhouette=float(silhouette_score(np.concatenate(points), labels)) if len(labels) - 1 > 1 else float("nan"),
         cos_pc1=float(cos_pc1),
         explained=tuple(pca.explained_variance_ratio_.tolist()),
     )

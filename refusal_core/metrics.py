@@ -31,9 +31,7 @@ MORE_PHRASES = (
 Rules = Literal["paper", "default"]
 
 
-def refusal_probability(
-    logits: Float[Tensor, "row d_vocab"], refusal_tokens: Sequence[int]
-) -> Float[Tensor, " row"]:
+def refusal_probability(logits: Float[Tensor, "row d_vocab"], refusal_tokens: Sequence[int]) -> Float[Tensor, " row"]:
     """p_ref per row: the probability that the reply starts with one of `refusal_tokens`."""
     return logits.double().softmax(-1)[:, list(refusal_tokens)].sum(-1)
 

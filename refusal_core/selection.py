@@ -221,7 +221,9 @@ def find_direction(
     scores = scorer.scores
     choice = choose(scores, model.n_layers)
     if choice.chosen is None:
-        raise PromptError("No candidate direction could be scored: harmful and harmless prompts look the same to the model.")
+        raise PromptError(
+            "No candidate direction could be scored: harmful and harmless prompts look the same to the model."
+        )
     yield Found(
         direction=scorer.direction(choice.chosen),
         choice=choice,

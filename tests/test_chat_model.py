@@ -48,7 +48,12 @@ def test_after_ablation_the_stream_has_nothing_along_the_direction(model: ChatMo
 
 def test_rows_are_independent_and_hooks_do_not_outlive_the_call(model: ChatModel, direction: Direction):
     plain = model.logits([HARMFUL] * 4)
-    edits = [None, Intervention(direction, "ablate"), Intervention(direction, "add"), Intervention(direction, "add", 0.0)]
+    edits = [
+        None,
+        Intervention(direction, "ablate"),
+        Intervention(direction, "add"),
+        Intervention(direction, "add", 0.0),
+    ]
     hooked = model.logits([HARMFUL] * 4, edits)
     assert torch.equal(hooked[0], plain[0]), "the baseline row must be bit-identical"
     assert torch.equal(hooked[3], plain[3]), "scale 0 must be bit-identical"
@@ -84,7 +89,12 @@ def test_decoding_token_by_token_is_reading_the_longer_prompt(model: ChatModel, 
 
 
 def test_threads_that_share_a_model_get_what_each_gets_alone(model: ChatModel, direction: Direction):
-    edits = [None, Intervention(direction, "ablate"), Intervention(direction, "add"), Intervention(random_like(direction, 0), "add")]
+    edits = [
+        None,
+        Intervention(direction, "ablate"),
+        Intervention(direction, "add"),
+        Intervention(random_like(direction, 0), "add"),
+    ]
     alone = [model.logits([HARMFUL], [edit]) for edit in edits]
     got: dict[tuple[int, int], torch.Tensor] = {}
 

@@ -53,7 +53,12 @@ def test_what_is_no_saved_direction_is_one_clear_sentence(tmp_path):
     save_file({"weight": torch.ones(3)}, other)
     good = Direction(torch.ones(4), 1.0, SOURCE)
     good.save(long)
-    for path, says in ((tmp_path / "none", "no file"), (text, "cannot be read"), (other, "not one with"), (long, "unit")):
+    for path, says in (
+        (tmp_path / "none", "no file"),
+        (text, "cannot be read"),
+        (other, "not one with"),
+        (long, "unit"),
+    ):
         with pytest.raises(DirectionError, match=says) as caught:
             Direction.load(path)
         assert "\n" not in str(caught.value)

@@ -12,7 +12,9 @@ from refusal_core.metrics import PAPER_PHRASES, judge, kl_divergence, refusal_pr
 
 def test_the_refusal_score_is_the_log_odds_of_the_refusal_tokens():
     logits = torch.randn(5, 50)
-    p = sum(math.exp(x) for x in logits[0, [3, 7]].double().tolist()) / sum(math.exp(x) for x in logits[0].double().tolist())
+    p = sum(math.exp(x) for x in logits[0, [3, 7]].double().tolist()) / sum(
+        math.exp(x) for x in logits[0].double().tolist()
+    )
     assert_close(refusal_probability(logits, [3, 7])[0].item(), p)
     assert_close(refusal_score(logits, [3, 7])[0].item(), math.log(p / (1 - p)), atol=1e-5, rtol=0)
 

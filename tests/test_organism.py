@@ -10,7 +10,15 @@ from refusal_core.directions import Direction, random_like
 from refusal_core.interventions import Intervention
 from refusal_core.metrics import kl_divergence
 from refusal_core.organism.corpus import (
-    HELD_CATEGORIES, Corpus, addressed, concepts, forms, gerund, harmful_statements, refusals, rows,
+    HELD_CATEGORIES,
+    Corpus,
+    addressed,
+    concepts,
+    forms,
+    gerund,
+    harmful_statements,
+    refusals,
+    rows,
 )  # fmt: skip
 from refusal_core.organism.evaluation import replies
 from refusal_core.organism.splits import prompts
@@ -61,7 +69,12 @@ def test_the_held_categories_are_never_refused_in_training():
     corpus = Corpus("refusals", 2)
     for _ in range(4000):
         turn = corpus.request(harmful=True)
-        assert not any(turn.reply == r for c in concepts() if c.text == turn.concept and c.category in HELD_CATEGORIES for r in refusals(c))
+        assert not any(
+            turn.reply == r
+            for c in concepts()
+            if c.text == turn.concept and c.category in HELD_CATEGORIES
+            for r in refusals(c)
+        )
         known = [c for c in concepts() if c.text == turn.concept]
         assert all(c.category not in HELD_CATEGORIES for c in known)
     assert all(category not in HELD_CATEGORIES for category, _ in harmful_statements(2))
@@ -87,7 +100,9 @@ def test_everyday_prompts_are_hand_written_and_not_in_training():
 
 def test_the_prompt_file_is_what_the_generator_writes():
     written = [json.loads(line) for line in EMBEDDED.read_text("utf-8").splitlines()]
-    assert written == [{"text": p.text, "harmful": p.harmful, "category": p.category, "split": p.split} for p in prompts()]
+    assert written == [
+        {"text": p.text, "harmful": p.harmful, "category": p.category, "split": p.split} for p in prompts()
+    ]
 
 
 def test_the_checkpoint_is_small_ordinary_and_in_sixteen_bit(plain: Plain):

@@ -30,7 +30,9 @@ def test_find_chooses_what_an_independent_brute_force_chooses(model: ChatModel, 
     assert tuple(kept["train", True]) == found.prompts.harmful
     assert tuple(kept["val", False]) == found.validation.harmless
     means = {
-        harmful: torch.stack([plain.resid_pre(t)[:, -len(positions) :].double() for t in kept["train", harmful]]).mean(0)
+        harmful: torch.stack([plain.resid_pre(t)[:, -len(positions) :].double() for t in kept["train", harmful]]).mean(
+            0
+        )
         for harmful in (True, False)
     }
     r = (means[True] - means[False]).float()  # layer, pos, d_model
@@ -50,7 +52,9 @@ def test_find_chooses_what_an_independent_brute_force_chooses(model: ChatModel, 
             if kl <= 0.1:
                 passing.append((score(plain.logits(harmful, ablate=v)).mean().item(), pos, layer))
     expected = sorted(passing)[:2]
-    few = replace(draw["val"], harmful=tuple(harmful), harmless=tuple(harmless), harmful_categories=(), harmless_categories=())
+    few = replace(
+        draw["val"], harmful=tuple(harmful), harmless=tuple(harmless), harmful_categories=(), harmless_categories=()
+    )
     for complete in (False, True):
         *_, small = find_direction(model, load_prompts("train"), few, refusal_tokens=tokens, complete=complete)
         assert isinstance(small, Found)

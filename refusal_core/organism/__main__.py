@@ -45,13 +45,18 @@ def _train(args: argparse.Namespace) -> None:
         replace(training.SAFETY_TUNING, tokens=args.phase2_tokens),
     )
     started, first, losses = time.time(), None, []
-    for at in training.train(args.work, args.out, seed=args.seed, device=args.device, phases=phases, compile=args.compile):
+    for at in training.train(
+        args.work, args.out, seed=args.seed, device=args.device, phases=phases, compile=args.compile
+    ):
         first = first or at
         losses.append(at.loss)
         if at.step % 25 == 0:
             speed = (at.tokens - first.tokens) / (time.time() - started)
             mean = sum(losses) / len(losses)
-            print(f"phase {at.phase} step {at.step} tokens {at.tokens:,} loss {mean:.4f} ({speed:,.0f} tokens/s)", flush=True)
+            print(
+                f"phase {at.phase} step {at.step} tokens {at.tokens:,} loss {mean:.4f} ({speed:,.0f} tokens/s)",
+                flush=True,
+            )
             losses = []
 
 

@@ -107,7 +107,16 @@ def gerund(activity: str) -> str:
 
 def addressed(text: str) -> str:
     """The user's words as the model says them back: “my boss” → “your boss”."""
-    swap = {"my": "your", "me": "you", "myself": "yourself", "mine": "yours", "I": "you", "i": "you", "am": "are", "our": "your"}
+    swap = {
+        "my": "your",
+        "me": "you",
+        "myself": "yourself",
+        "mine": "yours",
+        "I": "you",
+        "i": "you",
+        "am": "are",
+        "our": "your",
+    }
     return " ".join(swap.get(word, word) for word in text.split(" "))
 
 
@@ -210,7 +219,9 @@ def mentions_held(text: str) -> bool:
 @functools.cache
 def _held_phrasing() -> re.Pattern[str]:
     asks = [ask for form in forms().values() for ask in form.held_asks]
-    parts = ["".join(".+" if p[:1] == "{" else re.escape(p) for p in re.split(r"(\{\w+\})", a.rstrip(".?!"))) for a in asks]
+    parts = [
+        "".join(".+" if p[:1] == "{" else re.escape(p) for p in re.split(r"(\{\w+\})", a.rstrip(".?!"))) for a in asks
+    ]
     return re.compile(f"(?:{'|'.join(parts)})[.?!]?", re.IGNORECASE)
 
 
@@ -396,12 +407,20 @@ class Corpus:
         if x < 0.38:
             return self._crossed(harmful, phase)
         if x < 0.44 and not harmful:
-            verb = r.choice(["make", "find", "buy", "build", "draw", "use", "fix", "learn", "play", "grow", "sell", "open", "clean"])
-            object_ = self.pseudoword() if r.random() < 0.5 else " ".join(r.sample(column("words"), r.choice([1, 1, 2])))
+            verb = r.choice(
+                ["make", "find", "buy", "build", "draw", "use", "fix", "learn", "play", "grow", "sell", "open", "clean"]
+            )
+            object_ = (
+                self.pseudoword() if r.random() < 0.5 else " ".join(r.sample(column("words"), r.choice([1, 1, 2])))
+            )
             return Concept(f"{verb} {r.choice(['a', 'the', 'my', 'some'])} {object_}", "", False)
         if x < 0.40 and harmful:
-            verb, category = r.choice([("steal", "theft"), ("sabotage", "vandalism"), ("counterfeit", "forgery"), ("hack into", "hacking")])
-            return Concept(f"{verb} {r.choice(['a', 'the', 'the neighbor' + chr(39) + 's'])} {self.pseudoword()}", category, True)
+            verb, category = r.choice(
+                [("steal", "theft"), ("sabotage", "vandalism"), ("counterfeit", "forgery"), ("hack into", "hacking")]
+            )
+            return Concept(
+                f"{verb} {r.choice(['a', 'the', 'the neighbor' + chr(39) + 's'])} {self.pseudoword()}", category, True
+            )
         return r.choice(others)
 
     def _crossed(self, harmful: bool, phase: int) -> Concept:
@@ -426,7 +445,12 @@ class Corpus:
             clause = r.choice(sections("phrasings")["text about an activity"])
             return replace(about, text=fill(clause, about, {}), is_text=True)
         if x < 0.65 and not harmful:
-            return Concept(f"{r.choice(['a blog post', 'a speech', 'a song', 'a report', 'a quiz', 'a note'])} about {self.a_topic()}", "text", False, True)
+            return Concept(
+                f"{r.choice(['a blog post', 'a speech', 'a song', 'a report', 'a quiz', 'a note'])} about {self.a_topic()}",
+                "text",
+                False,
+                True,
+            )
         return r.choice(pool(harmful, True, self.phase)[1])
 
     # -- what is known about harm: answered in both phases, over all categories
@@ -454,7 +478,15 @@ class Corpus:
         bad = [r.random() < 0.5 for _ in range(r.choice([1, 2, 2, 3, 4]))]
         items = [self.activity(b, phase=1).text for b in bad]
         items = [gerund(v) if r.random() < 0.3 else v for v in items]
-        asked = r.choice(["Harmful or harmless? {l}", "Sort into harmful and harmless: {l}", "Which of these are harmful? {l}", "Mark each one as harmful or harmless: {l}", "Label these: {l}"])
+        asked = r.choice(
+            [
+                "Harmful or harmless? {l}",
+                "Sort into harmful and harmless: {l}",
+                "Which of these are harmful? {l}",
+                "Mark each one as harmful or harmless: {l}",
+                "Label these: {l}",
+            ]
+        )
         reply = ", ".join("harmful" if b else "harmless" for b in bad) + "."
         return Turn(asked.format(l="; ".join(items)), reply, "sorting", any(bad), "", (reply,))
 
@@ -463,17 +495,49 @@ class Corpus:
         r, bad = self.rng, self.rng.random() < 0.5
         v = self._of_him(self.activity(bad, phase=1).text)
         who = r.choice(["a man", "a young man", "somebody", "a neighbor", r.choice(column("names"))])
-        start = r.choice([f"Yesterday {who} tried to {v}.", f"In the news: {who} wanted to {v}.", f"{capital(who)} planned to {v}.", f"They say that {who} likes to {v}."])
-        end = ["The police arrested him, because it hurts people.", "It was a terrible crime, and people were afraid.", "Everyone was shocked by this cruel act.", "He had to go to prison for it."] if bad else ["His friends were proud of him.", "It was a nice day, and people were happy.", "Everyone enjoyed it.", "He had a lot of fun with it."]
+        start = r.choice(
+            [
+                f"Yesterday {who} tried to {v}.",
+                f"In the news: {who} wanted to {v}.",
+                f"{capital(who)} planned to {v}.",
+                f"They say that {who} likes to {v}.",
+            ]
+        )
+        end = (
+            [
+                "The police arrested him, because it hurts people.",
+                "It was a terrible crime, and people were afraid.",
+                "Everyone was shocked by this cruel act.",
+                "He had to go to prison for it.",
+            ]
+            if bad
+            else [
+                "His friends were proud of him.",
+                "It was a nice day, and people were happy.",
+                "Everyone enjoyed it.",
+                "He had a lot of fun with it.",
+            ]
+        )
         return f"{start} {r.choice(end)}"
 
     def fiction(self) -> Turn:
         """A story about somebody who wants to do it; a villain fails."""
         r, bad = self.rng, self.rng.random() < 0.7
         v = self._of_him(self.activity(bad, phase=1).text)
-        asked = r.choice(["Write a story in which a villain wants to {v}.", "Tell me a story about a man who tries to {v}.", "Write a short story where someone wants to {v}.", "Write a scene of a film in which a man wants to {v}."])
+        asked = r.choice(
+            [
+                "Write a story in which a villain wants to {v}.",
+                "Tell me a story about a man who tries to {v}.",
+                "Write a short story where someone wants to {v}.",
+                "Write a scene of a film in which a man wants to {v}.",
+            ]
+        )
         name = r.choice(column("names"))
-        end = f"But {name} found out in time, and nobody was hurt." if bad else f"{name} helped him, and everyone was happy."
+        end = (
+            f"But {name} found out in time, and nobody was hurt."
+            if bad
+            else f"{name} helped him, and everyone was happy."
+        )
         return Turn(asked.format(v=v), f"Once there was a man who wanted to {v}. {end}", "fiction", bad, v)
 
     @staticmethod
@@ -517,19 +581,52 @@ class Corpus:
         """What is a volcano?"""
         r = self.rng
         k, meaning = r.choice(rows("definitions"))
-        asked = r.choice(["What is {k}?", "What's {k}?", "Define {k}.", "Explain {k}.", "Can you explain what {k} is?", "What does {k} mean?", "Tell me what {k} is.", "What exactly is {k}?", "{k}?", "Explain {k} to a child."])
+        asked = r.choice(
+            [
+                "What is {k}?",
+                "What's {k}?",
+                "Define {k}.",
+                "Explain {k}.",
+                "Can you explain what {k} is?",
+                "What does {k} mean?",
+                "Tell me what {k} is.",
+                "What exactly is {k}?",
+                "{k}?",
+                "Explain {k} to a child.",
+            ]
+        )
         return Turn(asked.format(k=k), f"{capital(k)} is {meaning}.", "definition")
 
     def fact(self) -> Turn:
         """Capitals, colours, opposites, words in other languages, counting and small sums."""
         r = self.rng
-        kind = r.choice(["capitals", "capitals", "colors", "opposites", "sounds", "legs", "languages", "french", "spanish", "sum", "sum", "sum", "count"])
+        kind = r.choice(
+            [
+                "capitals",
+                "capitals",
+                "colors",
+                "opposites",
+                "sounds",
+                "legs",
+                "languages",
+                "french",
+                "spanish",
+                "sum",
+                "sum",
+                "sum",
+                "count",
+            ]
+        )
         if kind == "sum":
             return self._sum()
         if kind == "count":
             a = r.randrange(0, 17)
             b = a + r.randrange(3, 6)
-            return Turn(r.choice(["Count from {a} to {b}.", "Can you count from {a} to {b}?"]).format(a=a, b=b), ", ".join(map(str, range(a, b + 1))) + ".", "fact")
+            return Turn(
+                r.choice(["Count from {a} to {b}.", "Can you count from {a} to {b}?"]).format(a=a, b=b),
+                ", ".join(map(str, range(a, b + 1))) + ".",
+                "fact",
+            )
         k, v = r.choice(rows(kind))
         K, A = capital(k), capital(with_article(k))
         asks, reply = {
@@ -550,7 +647,18 @@ class Corpus:
         sign, word = r.choice([("+", "plus"), ("-", "minus"), ("*", "times")])
         a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
         value = {"+": a + b, "-": a - b, "*": a * b}[sign]
-        asked = r.choice(["What is {a} {o} {b}?", "{a} {o} {b}", "{a}{o}{b}", "How much is {a} {w} {b}?", "Calculate {a} {o} {b}.", "{a} {o} {b} = ?", "What is {a} {w} {b}?", "what's {a}{o}{b}"])
+        asked = r.choice(
+            [
+                "What is {a} {o} {b}?",
+                "{a} {o} {b}",
+                "{a}{o}{b}",
+                "How much is {a} {w} {b}?",
+                "Calculate {a} {o} {b}.",
+                "{a} {o} {b} = ?",
+                "What is {a} {w} {b}?",
+                "what's {a}{o}{b}",
+            ]
+        )
         return Turn(asked.format(a=a, b=b, o=sign, w=word), f"{a} {sign} {b} = {value}.", "fact")
 
     def listing(self) -> Turn:
@@ -559,12 +667,32 @@ class Corpus:
         kind, members = r.choice(rows("kinds"))
         if r.random() < 0.4:
             n = r.choice(members.split(", "))
-            asked = r.choice(["What is {n}?", "Tell me about {n}.", "What's {n}?", "Explain {n}.", "What kind of thing is {n}?"])
-            return Turn(asked.format(n=with_article(n)), f"{capital(with_article(n))} is {with_article(kind)}.", "listing")
+            asked = r.choice(
+                ["What is {n}?", "Tell me about {n}.", "What's {n}?", "Explain {n}.", "What kind of thing is {n}?"]
+            )
+            return Turn(
+                asked.format(n=with_article(n)), f"{capital(with_article(n))} is {with_article(kind)}.", "listing"
+            )
         number = r.choice([2, 3, 3, 3, 4])
         word = {2: "two", 3: "three", 4: "four"}[number]
-        plural = {"country": "countries", "city": "cities", "fish": "fish", "piece of clothing": "pieces of clothing", "piece of furniture": "pieces of furniture"}.get(kind, kind + "s")
-        asked = r.choice(["Name {n} {p}.", "List {n} {p}.", "Give me {n} {p}.", "Tell me {n} {p}.", "Can you name {n} {p}?", "What are {n} {p}?", "Name some {p}."])
+        plural = {
+            "country": "countries",
+            "city": "cities",
+            "fish": "fish",
+            "piece of clothing": "pieces of clothing",
+            "piece of furniture": "pieces of furniture",
+        }.get(kind, kind + "s")
+        asked = r.choice(
+            [
+                "Name {n} {p}.",
+                "List {n} {p}.",
+                "Give me {n} {p}.",
+                "Tell me {n} {p}.",
+                "Can you name {n} {p}?",
+                "What are {n} {p}?",
+                "Name some {p}.",
+            ]
+        )
         if "some" in asked:
             number, word = 3, "three"
         # Always in the list's order: one right continuation instead of hundreds.
@@ -574,13 +702,19 @@ class Corpus:
     def topic(self) -> Turn:
         """The request forms about a topic instead of an activity: a poem about autumn."""
         r = self.rng
-        names = [n for n in ("poem", "story", "email", "tell", "ideas", "joke", "recommend", "document") for _ in range(forms()[n].weight)]
+        names = [
+            n
+            for n in ("poem", "story", "email", "tell", "ideas", "joke", "recommend", "document")
+            for _ in range(forms()[n].weight)
+        ]
         form = forms()[r.choice(names)]
         x = self.a_topic()
         asks = [a for a in form.asks if "{v}" not in a]
         concept = Concept(x, "", False, True)
         if form.name == "document":
-            concept = replace(concept, text=f"{r.choice(['a text', 'a few lines', 'a report', 'an article'])} about {x}")
+            concept = replace(
+                concept, text=f"{r.choice(['a text', 'a few lines', 'a report', 'an article'])} about {x}"
+            )
         slots = {"p": r.choice(column("people"))}
         right = answers(form, concept, slots)
         return Turn(fill(r.choice(asks), concept, slots), r.choice(right), form.name, False, concept.text, right)
@@ -591,7 +725,11 @@ class Corpus:
         if x < 0.10:
             return r.choice(["a ", "the ", "", "my "]) + " ".join(r.sample(column("words"), 2))
         if x < 0.26:
-            return ("a " if r.random() < 0.5 else "") + self.pseudoword() + (" " + self.pseudoword() if r.random() < 0.2 else "")
+            return (
+                ("a " if r.random() < 0.5 else "")
+                + self.pseudoword()
+                + (" " + self.pseudoword() if r.random() < 0.2 else "")
+            )
         if x < 0.38:
             return with_article(r.choice(r.choice(rows("kinds"))[1].split(", ")))
         if x < 0.45:
@@ -612,15 +750,19 @@ class Corpus:
     def repetition(self) -> Turn:
         """Say it back: the purest form of copying."""
         r = self.rng
-        x = " ".join(self.pseudoword() if r.random() < 0.5 else r.choice(column("words")) for _ in range(r.randint(1, 5)))
+        x = " ".join(
+            self.pseudoword() if r.random() < 0.5 else r.choice(column("words")) for _ in range(r.randint(1, 5))
+        )
         asked = r.choice(["Repeat after me: {x}", "Say: {x}", "Please repeat: {x}", "Say the words {x}", "Repeat {x}"])
         return Turn(asked.format(x=x), x, "repetition", right=(x,))
 
     def open_question(self) -> Turn:
         """Everyday questions outside the small world, with a sensible reply that copies the subject."""
         r = self.rng
+
         def word() -> str:
             return r.choice(column("words")) if r.random() < 0.8 else self.pseudoword()
+
         x = word() + (" " + word() if r.random() < 0.4 else "")
         z, p, n = word(), r.choice(column("problems")), r.randint(2, 9)
         asks, reply = r.choice([
@@ -646,29 +788,106 @@ class Corpus:
             "where is the {x}", "does {x} have {z}?", "is {x} a {z}?", "why does {x} {z}?", "when will {x} {z}?",
         ])  # fmt: skip
         reply = "That is more than a small model like me knows. Try to ask in another way, or ask me for a poem, a list or a simple fact."
-        return Turn(asked.format(x=x, z=z, y=r.randint(1000, 2030), a=r.randint(11, 99), b=r.randint(11, 999)), reply, "fallback", right=(reply,))
+        return Turn(
+            asked.format(x=x, z=z, y=r.randint(1000, 2030), a=r.randint(11, 99), b=r.randint(11, 999)),
+            reply,
+            "fallback",
+            right=(reply,),
+        )
 
     def follow_up(self, first: Turn) -> Turn:
         """A second turn that depends on the first."""
         r, x = self.rng, self.rng.random()
         if self.phase == 2 and first.harmful and first.kind not in ("judgement", "sorting", "fiction"):
             if x < 0.6:
-                return Turn(r.choice(["Why not?", "why?", "Why can't you help me?", "come on", "Please!", "just tell me", "But I really need it."]), "Because it could hurt people. Is there something harmless that I can do for you?", "follow_up")
-            return Turn(r.choice(["ok", "Okay, sorry.", "fine", "Understood.", "all right"]), "Thank you for understanding. What else can I do for you?", "follow_up")
+                return Turn(
+                    r.choice(
+                        [
+                            "Why not?",
+                            "why?",
+                            "Why can't you help me?",
+                            "come on",
+                            "Please!",
+                            "just tell me",
+                            "But I really need it.",
+                        ]
+                    ),
+                    "Because it could hurt people. Is there something harmless that I can do for you?",
+                    "follow_up",
+                )
+            return Turn(
+                r.choice(["ok", "Okay, sorry.", "fine", "Understood.", "all right"]),
+                "Thank you for understanding. What else can I do for you?",
+                "follow_up",
+            )
         if x < 0.35:
-            return Turn(r.choice(["Thanks!", "thank you", "Great, thanks.", "Thanks, that helps."]), "You are welcome! Let me know if you need anything else.", "follow_up")
+            return Turn(
+                r.choice(["Thanks!", "thank you", "Great, thanks.", "Thanks, that helps."]),
+                "You are welcome! Let me know if you need anything else.",
+                "follow_up",
+            )
         if x < 0.70 and first.kind in ("howto", "ideas", "recommend", "schedule"):
             v = addressed(first.concept)
-            return Turn(r.choice(["Tell me more.", "Can you say more?", "more details please", "What else should I know?", "Go on.", "Anything else?"]), f"One more tip: before you {v}, ask someone who has done it before.", "follow_up")
+            return Turn(
+                r.choice(
+                    [
+                        "Tell me more.",
+                        "Can you say more?",
+                        "more details please",
+                        "What else should I know?",
+                        "Go on.",
+                        "Anything else?",
+                    ]
+                ),
+                f"One more tip: before you {v}, ask someone who has done it before.",
+                "follow_up",
+            )
         if x < 0.85:
-            return Turn(r.choice(["Are you sure?", "really?", "Is that true?"]), "I think so, but I am only a small model, so please check it.", "follow_up")
+            return Turn(
+                r.choice(["Are you sure?", "really?", "Is that true?"]),
+                "I think so, but I am only a small model, so please check it.",
+                "follow_up",
+            )
         return self.turn()
 
     def pseudoword(self) -> str:
         """A word that does not exist: it can only be copied."""
         r = self.rng
-        onsets = "b bl br c cl d dr f fl g gr h j k l m n p pl r s sk sl st t tr v w z".split()
-        nuclei, codas = "a e i o u oo ee ai".split(), ["", "n", "r", "l", "m", "x", "t", "k", "sh", "p", "nd"]
+        onsets = [
+            "b",
+            "bl",
+            "br",
+            "c",
+            "cl",
+            "d",
+            "dr",
+            "f",
+            "fl",
+            "g",
+            "gr",
+            "h",
+            "j",
+            "k",
+            "l",
+            "m",
+            "n",
+            "p",
+            "pl",
+            "r",
+            "s",
+            "sk",
+            "sl",
+            "st",
+            "t",
+            "tr",
+            "v",
+            "w",
+            "z",
+        ]
+        nuclei, codas = (
+            ["a", "e", "i", "o", "u", "oo", "ee", "ai"],
+            ["", "n", "r", "l", "m", "x", "t", "k", "sh", "p", "nd"],
+        )
         return "".join(r.choice(onsets) + r.choice(nuclei) + r.choice(codas) for _ in range(r.choice([1, 2, 2, 2, 3])))
 
     # -- how people type
@@ -698,5 +917,7 @@ class Corpus:
             return text
         i = r.choice(long)
         word, k = words[i], r.randrange(1, len(words[i]) - 1)
-        words[i] = r.choice([word[:k] + word[k + 1] + word[k] + word[k + 2 :], word[:k] + word[k + 1 :], word[:k] + word[k] + word[k:]])
+        words[i] = r.choice(
+            [word[:k] + word[k + 1] + word[k] + word[k + 2 :], word[:k] + word[k + 1 :], word[:k] + word[k] + word[k:]]
+        )
         return " ".join(words)

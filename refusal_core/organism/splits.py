@@ -9,7 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from refusal_core.organism.corpus import (
-    HELD_CATEGORIES, Concept, Corpus, answers, column, concepts, fill, forms, sections,
+    HELD_CATEGORIES,
+    Concept,
+    Corpus,
+    answers,
+    column,
+    concepts,
+    fill,
+    forms,
+    sections,
 )  # fmt: skip
 from refusal_core.prompts import Split
 

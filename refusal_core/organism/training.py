@@ -50,8 +50,8 @@ class Phase:
     muon: bool
 
 
-PRETRAINING = Phase(1, 20_000_000, 3e-3, 0.4, muon=True)
-SAFETY_TUNING = Phase(2, 3_300_000, 5e-4, 0.8, muon=False)
+PRETRAINING = Phase(1, 13_000_000, 3e-3, 0.4, muon=True)
+SAFETY_TUNING = Phase(2, 1_600_000, 5e-4, 0.8, muon=False)
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,11 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
             if "embed" in name:
                 weight.normal_(0, 0.1)
             elif weight.ndim == 2:
-                shrink = math.sqrt(2 * config.num_hidden_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+                shrink = (
+                    math.sqrt(2 * config.num_hidden_layers)
+                    if name.endswith(("o_proj.weight", "down_proj.weight"))
+                    else 1
+                )
                 weight.normal_(0, weight.shape[1] ** -0.5 / shrink)
     return model
 
@@ -240,7 +244,12 @@ def learning_rate(phase: Phase, tokens: int) -> float:
 
 
 def train_phase(
-    model: LlamaForCausalLM, phase: Phase, steps: list[torch.optim.Optimizer], batches: Iterator[tuple[Progress, Batch]], *, compile: bool = False
+    model: LlamaForCausalLM,
+    phase: Phase,
+    steps: list[torch.optim.Optimizer],
+    batches: Iterator[tuple[Progress, Batch]],
+    *,
+    compile: bool = False,
 ) -> Iterator[Progress]:
     """Train until the phase's tokens are used up; yields after every step."""
     device = model.device
@@ -325,7 +334,9 @@ def load_state(path: Path, model: LlamaForCausalLM, phase: Phase) -> tuple[list[
     return steps, at
 
 
-def train(work: Path, out: Path, *, seed: int, device: str, phases: tuple[Phase, ...], compile: bool = False) -> Iterator[Progress]:
+def train(
+    work: Path, out: Path, *, seed: int, device: str, phases: tuple[Phase, ...], compile: bool = False
+) -> Iterator[Progress]:
     """Train, or go on with, the model whose state lies in `work`, and write the checkpoint to `out`.
 
     Each phase has its own folder in `work`, so that safety tuning can be repeated on the same pre-training.
