@@ -41,6 +41,7 @@ class Intervention:
             raise ValueError(f"The scale of an intervention is a finite number, not {self.scale}.")
 
     def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """`x` after the edit: the formula above, out of place."""
         r = self.direction.unit.to(x.device)
         if self.kind == "ablate":
             return _ablate(x, r, self.scale)

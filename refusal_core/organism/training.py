@@ -351,11 +351,12 @@ def train(
     for phase in phases:
         state = work / f"phase{phase.number}"
         if before is not None and not (state / "state.safetensors").exists():
-            steps, at = optimizers(model, phase), Progress(phase.number)
+            steps, start = optimizers(model, phase), Progress(phase.number)
         else:
-            steps, at = load_state(state, model, phase)
-        if at.tokens < phase.tokens:
-            for at in train_phase(model, phase, steps, batches_from(tokenizer_path, seed, at), compile=compile):
+            steps, start = load_state(state, model, phase)
+        if start.tokens < phase.tokens:
+            at = start
+            for at in train_phase(model, phase, steps, batches_from(tokenizer_path, seed, start), compile=compile):
                 yield at
                 if at.step % 200 == 0:
                     save_state(state, model, steps, at)
