@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import huggingface_hub
 import jinja2
@@ -118,7 +119,7 @@ class ChatModel:
         self._bridge = _bridge(model, tokenizer, name)
         self.n_layers: int = len(self._bridge.blocks)
         self.d_model: int = model.config.get_text_config().hidden_size
-        self.d_vocab: int = model.get_output_embeddings().weight.shape[0]
+        self.d_vocab: int = cast(torch.nn.Linear, model.get_output_embeddings()).weight.shape[0]
         self._place_hooks()
         self._check_writes()
 
@@ -142,7 +143,8 @@ class ChatModel:
         tokenizer = _load_tokenizer(folder, str(name_or_path))
         device = torch.device(device) if device else _best_device()
         dtype = dtype or {"cuda": torch.bfloat16, "mps": torch.float16}.get(device.type, torch.float32)
-        model = _load_weights(folder, str(name_or_path), config, dtype).to(device).eval()
+        model = _load_weights(folder, str(name_or_path), config, dtype).eval()
+        torch.nn.Module.to(model, device)
         name = "embedded model" if folder.resolve() == ORGANISM.resolve() else str(name_or_path)
         return cls(model, tokenizer, name=name, revision=commit, fingerprint=_fingerprint(folder))
 
@@ -185,14 +187,14 @@ class ChatModel:
     def template_tokens(self) -> tuple[str, ...]:
         """The template's P last tokens as text, for labels: item −1 stands right before the reply."""
         last = self._render(PROBES[0])[-self.template_positions :]
-        return tuple(self.tokenizer.decode([t]) for t in last)
+        return tuple(str(self.tokenizer.decode([t])) for t in last)
 
     @functools.cached_property
     def end_tokens(self) -> frozenset[int]:
         """The tokens that end a reply."""
         configured = self._model.generation_config.eos_token_id
         ends = configured if isinstance(configured, list) else [configured]
-        return frozenset(t for t in (*ends, self.tokenizer.eos_token_id) if t is not None)
+        return frozenset(t for t in (*ends, self.tokenizer.eos_token_id) if isinstance(t, int))
 
     # -- prompts and batches ---------------------------------------------------------------------------------------
 
@@ -213,12 +215,14 @@ class ChatModel:
         return ids
 
     def _render(self, conversation: Conversation) -> list[int]:
-        messages = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
+        if isinstance(conversation, str):
+            conversation = [{"role": "user", "content": conversation}]
+        messages = [dict(message) for message in conversation]
         try:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except jinja2.TemplateError as error:
             raise PromptError(f"The chat template of {self.name} does not take this conversation: {error}.") from error
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(cast(str, text), add_special_tokens=False)["input_ids"]
 
     def batches(self, conversations: Sequence[Conversation], max_tokens: int = 4096) -> Iterator[Batch]:
         """The conversations in padded batches of at most `max_tokens` tokens, the longest first.
@@ -417,7 +421,7 @@ def _bridge(model: transformers.PreTrainedModel, tokenizer: PreTrainedTokenizerF
 
 def _keep_the_familys_modules(adapter: ArchitectureAdapter) -> None:
     """Hooks what the blocks read and write, and leaves everything inside them to the family's own (fast) code."""
-    mapping = adapter.component_mapping
+    mapping = cast(dict[str, Any], adapter.component_mapping)
     blocks = mapping["blocks"]
     kept = {k: v for k, v in blocks.submodules.items() if k in ("attn", "mlp", "ln1_post", "ln2_post")}
     aliases = {k: v for k, v in blocks.hook_aliases.items() if k in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")}
@@ -498,7 +502,7 @@ def _load_weights(
 ) -> transformers.PreTrainedModel:
     transformers.utils.logging.disable_progress_bar()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -511,6 +515,7 @@ def _load_weights(
         raise ModelError(
             f"The weights of {name} cannot be read ({_first_line(error)}): fetch or copy the checkpoint again."
         ) from error
+    model, report = loaded
     if absent := sorted(report["missing_keys"]):
         raise ModelError(
             f"The checkpoint {name} is incomplete: {len(absent)} weights are missing, {absent[0]} among them. "

@@ -98,5 +98,5 @@ def _choose_tokens(logits: Float[Tensor, "row d_vocab"], temperature: float, noi
 
 def _decode(model: ChatModel, reply: list[int], whole: bool) -> str:
     """The text of `reply`; a character of which only some bytes have arrived waits for the others."""
-    text = model.tokenizer.decode(reply, skip_special_tokens=True)
+    text = str(model.tokenizer.decode(reply, skip_special_tokens=True))
     return text if whole else text.rstrip("\ufffd")

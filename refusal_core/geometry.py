@@ -54,7 +54,8 @@ class LayerMap:
 
 def pca_maps(found: Found, pos: int) -> tuple[LayerMap, ...]:
     """One `LayerMap` per layer, of the training prompts at position `pos` (−(P+1) … −1)."""
-    maps, previous = [], None
+    maps: list[LayerMap] = []
+    previous: np.ndarray | None = None
     for layer in range(found.harmful.shape[2]):
         at = found.positions.index(pos)
         harmful, harmless = found.harmful[:, at, layer], found.harmless[:, at, layer]
@@ -65,11 +66,11 @@ def pca_maps(found: Found, pos: int) -> tuple[LayerMap, ...]:
             continue
         unit = (r / r.norm()).numpy()
         pca = PCA(N_AXES, svd_solver="full").fit(torch.cat([harmful, harmless]).double().numpy())
-        axes = _align(pca.components_, unit, previous)
+        axes = _align(np.asarray(pca.components_), unit, previous)
         previous = axes
         points = [(x.double().numpy() - pca.mean_) @ axes.T for x in (harmful, harmless)]
         val = [x[:, at, layer].double().numpy() @ unit for x in (found.val_harmful, found.val_harmless)]
-        maps.append(LayerMap(layer, pos, *points, _separation(points, val, axes[0] @ unit, pca)))
+        maps.append(LayerMap(layer, pos, points[0], points[1], _separation(points, val, axes[0] @ unit, pca)))
     return tuple(maps)
 
 

@@ -83,10 +83,10 @@ def test_each_rule_discards_and_says_so():
     good = made(-1, 3)
     bad = {
         "nan": made(-2, 3, bypass=math.nan),
-        "layer": made(-2, 8, bypass=-9),
-        "kl": made(-3, 3, bypass=-9, kl=0.11),
-        "induce": made(-4, 3, bypass=-9, induce=-0.1),
-        "zero": replace(made(-5, 3, bypass=-9), norm=0.0),
+        "layer": made(-2, 8, bypass=-9.0),
+        "kl": made(-3, 3, bypass=-9.0, kl=0.11),
+        "induce": made(-4, 3, bypass=-9.0, induce=-0.1),
+        "zero": replace(made(-5, 3, bypass=-9.0), norm=0.0),
     }
     choice = choose([*bad.values(), good], n_layers=10)
     assert choice.chosen == good
@@ -112,7 +112,12 @@ def test_ties_go_to_the_earliest_position_then_layer():
 
 
 def test_when_nothing_is_left_the_nearest_is_offered_as_relaxed():
-    scores = [made(-1, 2, kl=0.3), made(-2, 2, kl=0.2), made(-1, 3, kl=0.15, induce=-1), made(-3, 2, kl=0.11, bypass=5)]
+    scores = [
+        made(-1, 2, kl=0.3),
+        made(-2, 2, kl=0.2),
+        made(-1, 3, kl=0.15, induce=-1.0),
+        made(-3, 2, kl=0.11, bypass=5.0),
+    ]
     choice = choose(scores, n_layers=10)
     assert choice.chosen == scores[1], "one broken rule beats two, and what bypasses nothing is no direction to offer"
     assert choice.relaxed == "kl"
@@ -130,7 +135,8 @@ def test_refusal_tokens_are_those_most_raised():
 
 def test_a_class_that_the_model_treats_otherwise_is_an_error(model: ChatModel, found: Found):
     val = load_prompts("val")
-    twice = PromptSet(val.harmless, val.harmless, source="embedded")
+    answered = found.prompts.harmless
+    twice = PromptSet(answered, answered, source="embedded")
     with pytest.raises(PromptError, match="refuses no harmful prompt"):
         list(find_direction(model, twice, val, refusal_tokens=found.refusal_tokens))
 

@@ -79,8 +79,7 @@ def replies(
     for start in range(0, len(order), BATCH):
         members = order[start : start + BATCH]
         chats = [[{"role": "user", "content": texts[i]}] for i in members]
-        for step in stream_side_by_side(model, chats, [row] * len(chats), max_new_tokens=max_new_tokens):
-            last = step
+        *_, last = stream_side_by_side(model, chats, [row] * len(chats), max_new_tokens=max_new_tokens)
         for i, text, ending in zip(members, last.texts, last.finished, strict=True):
             found[i] = Reply(text.strip(), ending == "end")
     return found
@@ -88,8 +87,7 @@ def replies(
 
 def find(model: ChatModel) -> Found:
     """The direction of the embedded prompts, with every candidate measured."""
-    for event in find_direction(model, load_prompts("train"), load_prompts("val"), complete=True):
-        found = event
+    *_, found = find_direction(model, load_prompts("train"), load_prompts("val"), complete=True)
     assert isinstance(found, Found)
     return found
 
@@ -159,7 +157,7 @@ def evaluate(path: Path) -> tuple[Found, tuple[Measure, ...], list[dict[str, str
     )
     table.append(Measure("KL on harmless under ablation (nats, test prompts)", "≤ 0.1", kl <= 0.1, value=f"{kl:.4f}"))
     table += _selection(model, found)
-    table += _random(model, r, harmful, harmless, base)
+    table += _random(model, r, harmful, harmless)
     table += _geometry(found)
     table.append(
         _share(
@@ -205,17 +203,18 @@ def _selection(model: ChatModel, found: Found) -> list[Measure]:
     ]
 
 
-def _random(
-    model: ChatModel, r: Direction, harmful: list[Prompt], harmless: list[Prompt], base: dict[str, Reply]
-) -> list[Measure]:
+def _random(model: ChatModel, r: Direction, harmful: list[Prompt], harmless: list[Prompt]) -> list[Measure]:
     """Five random directions of the same norm, in the same tests; a refusal shows in its first words."""
+
+    def rate(tested: list[Prompt], row: Intervention | None) -> float:
+        said = replies(model, [p.text for p in tested], row, max_new_tokens=20)
+        return 100 * sum(x.refused for x in said) / len(said)
+
+    before = rate(harmful, None), rate(harmless, None)
     changes = []
-    for seed in range(5):
-        control = random_like(r, seed)
-        for kind, tested in (("ablate", harmful), ("add", harmless)):
-            now = replies(model, [p.text for p in tested], Intervention(control, kind), max_new_tokens=20)
-            before = sum(base[p.text].refused for p in tested)
-            changes.append(100 * (sum(x.refused for x in now) - before) / len(tested))
+    for control in (random_like(r, seed) for seed in range(5)):
+        changes.append(rate(harmful, Intervention(control, "ablate")) - before[0])
+        changes.append(rate(harmless, Intervention(control, "add")) - before[1])
     worst = max(changes, key=abs)
     return [
         Measure(

@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Int
@@ -207,7 +208,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=end,
-        pad_token_id=pad,
+        pad_token_id=cast(int, pad),
     )
     config._attn_implementation = "eager"  # masks of our own, and what torch.compile fuses best
     model = LlamaForCausalLM(config)
