@@ -62,6 +62,14 @@ def test_rows_are_independent_and_hooks_do_not_outlive_the_call(model: ChatModel
     assert torch.equal(model.logits([HARMFUL] * 4), plain)
 
 
+def test_outside_a_step_the_weights_run_untouched(model: ChatModel, plain: Plain, direction: Direction):
+    decoding = model.begin([HARMFUL], [Intervention(direction, "add", 3.0)])
+    with torch.no_grad():
+        bare = model._model(plain.ids(HARMFUL)).logits[:, -1]
+    assert_close(bare, plain.logits([HARMFUL]), atol=2e-4, rtol=1e-4)
+    assert not torch.allclose(decoding.logits, bare, atol=0.1)
+
+
 def test_logits_do_not_depend_on_the_neighbours_in_the_batch(model: ChatModel, direction: Direction):
     together = model.logits(PROMPTS, [Intervention(direction, "ablate"), None, None, None])
     alone = [model.logits([PROMPTS[0]], [Intervention(direction, "ablate")]), *(model.logits([p]) for p in PROMPTS[1:])]
