@@ -1,7 +1,9 @@
 """What the embedded model promises: an ordinary small checkpoint, trained on none of its tests, that refuses."""
 
+import functools
 import json
 import random
+import re
 
 from conftest import Plain
 
@@ -11,9 +13,12 @@ from refusal_core.interventions import Intervention
 from refusal_core.metrics import kl_divergence
 from refusal_core.organism.corpus import (
     HELD_CATEGORIES,
+    Concept,
     Corpus,
     addressed,
     concepts,
+    expanded,
+    fill,
     forms,
     gerund,
     harmful_statements,
@@ -28,13 +33,15 @@ from refusal_core.selection import Found
 N_TEXTS = 15_000
 
 
-def training_texts(phase: int) -> list[str]:
-    corpus = Corpus(f"0 {phase} 0", phase)
-    found = []
-    for _ in range(N_TEXTS):
-        sample = corpus.sample()
-        found += [sample.text, *(text for turn in sample.turns for text in (turn.user, turn.reply))]
-    return [f" {' '.join(''.join(c if c.isalnum() else ' ' for c in t.lower()).split())} " for t in found if t]
+@functools.cache
+def training_texts() -> frozenset[str]:
+    found = set()
+    for phase in (1, 2):
+        corpus = Corpus(f"0 {phase} 0", phase)
+        for _ in range(N_TEXTS):
+            sample = corpus.sample()
+            found |= {sample.text, *(text for turn in sample.turns for text in (turn.user, turn.reply))}
+    return frozenset(map(bare, found))
 
 
 def bare(text: str) -> str:
@@ -42,7 +49,7 @@ def bare(text: str) -> str:
 
 
 def test_no_held_concept_is_in_any_training_text():
-    everything = "\n".join(training_texts(1) + training_texts(2))
+    everything = "\n".join(training_texts())
     held = [c for c in concepts() if c.held]
     assert len(held) > 500
     for concept in held:
@@ -53,16 +60,18 @@ def test_no_held_concept_is_in_any_training_text():
 
 
 def test_no_test_prompt_and_no_held_phrasing_is_in_any_training_text():
-    texts = set(training_texts(1) + training_texts(2))
+    texts = training_texts()
     test = [p for p in prompts() if p.split == "test"]
     assert not {bare(p.text) for p in test} & texts
     for form in forms().values():
         assert not set(form.asks) & set(form.held_asks)
-    held = [ask.split("{") for form in forms().values() for ask in form.held_asks]
-    openings = {bare(parts[0]) for parts in held if len(parts[0].split()) >= 3}
-    assert openings
-    for opening in openings:
-        assert sum(text.startswith(opening) for text in texts) < 3, opening
+    # A phrasing is all of its words, before and after what it asks about.
+    held = [re.split(r"\{\w+\}", ask) for form in forms().values() for ask in form.held_asks]
+    ends = {(bare(parts[0]).rstrip(), bare(parts[-1]).lstrip()) for parts in held}
+    assert len(ends) > 40
+    for start, end in ends:
+        used = [text for text in texts if text.startswith(f"{start} ") and text.endswith(f" {end}")]
+        assert len(used) < 3, used[:3]
 
 
 def test_the_held_categories_are_never_refused_in_training():
@@ -89,6 +98,32 @@ def test_pretraining_refuses_nothing_and_judges_every_category():
             if turn.kind == "judgement" and turn.concept in known:
                 judged.add(known[turn.concept])
     assert set(HELD_CATEGORIES) <= judged
+
+
+def test_every_pattern_of_a_request_becomes_a_plain_sentence():
+    rng, concept = random.Random(0), Concept("bake bread", "cooking", False)
+    for form in forms().values():
+        for ask in form.asks:
+            for _ in range(30):
+                text = fill(expanded(ask, rng), concept, {"p": "boss"})
+                assert not set("[]|{}") & set(text), ask
+                assert "  " not in text and text == text.strip(), ask
+                assert "bake bread" in text.lower() or "baking bread" in text.lower(), ask
+    said = {expanded(ask, rng) for form in forms().values() for ask in form.asks for _ in range(200)}
+    assert len(said) > 5000, "phrasings must be combinatorial"
+
+
+def test_strange_words_never_touch_what_a_request_is_about():
+    corpus = Corpus("strange", 1)
+    changed = 0
+    for _ in range(300):
+        turn = corpus.request(harmful=False)
+        text = corpus._strange(turn.user, turn.concept)
+        changed += text != turn.user
+        for said in (turn.concept, gerund(turn.concept)):
+            if said in turn.user:
+                assert said in text
+    assert changed > 100
 
 
 def test_everyday_prompts_are_hand_written_and_not_in_training():

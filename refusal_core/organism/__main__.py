@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from refusal_core.chat_model import ORGANISM
+from refusal_core.chat_model import ORGANISM, ChatModel
 from refusal_core.organism import evaluation, training
 from refusal_core.prompts import EMBEDDED
 
@@ -61,10 +61,11 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    _, table, log = evaluation.evaluate(args.checkpoint)
+    model = ChatModel.load(args.checkpoint)
+    _, table, log = evaluation.evaluate(model)
     text = evaluation.as_markdown(table)
     print(text)
-    (args.checkpoint / "README.md").write_text(evaluation.card(text), "utf-8")
+    (args.checkpoint / "README.md").write_text(evaluation.card(text, model), "utf-8")
     if args.log:
         args.log.write_text("".join(json.dumps(row) + "\n" for row in log), "utf-8")
 

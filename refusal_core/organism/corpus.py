@@ -49,7 +49,7 @@ def harmful_category(text: str, listed: str) -> str:
     return next((c for c, words in HELD_WORDS.items() if re.search(rf"\b(?:{words})\b", text.lower())), listed)
 
 
-HELD_SHARE = {"harmless": 0.15, "near": 0.20, "seen": 0.20, "unseen category": 0.35}
+HELD_SHARE = {"harmless": 0.15, "near": 0.20, "crossed": 0.12, "seen": 0.20, "unseen category": 0.35}
 """How many concepts of each kind are in no training text."""
 
 
@@ -88,6 +88,32 @@ def sections(name: str) -> dict[str, tuple[str, ...]]:
     return {title: tuple(lines) for title, lines in found.items()}
 
 
+@functools.cache
+def tasks() -> dict[str, dict[str, tuple[str, ...]]]:
+    """What is asked and answered besides requests: the lines of each task by their first word."""
+    return {title: _by_first_word(lines) for title, lines in sections("tasks").items()}
+
+
+@functools.cache
+def variants(task: str) -> tuple[dict[str, tuple[str, ...]], ...]:
+    """The variants of a task, “judgement: wrong” and so on."""
+    return tuple(lines for title, lines in tasks().items() if title.startswith(f"{task}: "))
+
+
+def _by_first_word(lines: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        first, _, rest = line.partition(" ")
+        found.setdefault(first, []).append(rest)
+    return {first: tuple(rest) for first, rest in found.items()}
+
+
+def expanded(pattern: str, rng: random.Random) -> str:
+    """One text of a pattern: “[Tell|Show] me how” is “Tell me how” or “Show me how”."""
+    text = re.sub(r"\[([^\[\]]*)\]", lambda choices: rng.choice(choices[1].split("|")), pattern)
+    return re.sub(r" {2,}", " ", text).strip()
+
+
 # -- grammar -------------------------------------------------------------------------------------------------------
 
 VOWELS = "aeiou"
@@ -105,19 +131,18 @@ def gerund(activity: str) -> str:
     return f"{ing} {rest}" if rest else ing
 
 
+SAID_BACK = {
+    "my": "your", "me": "you", "myself": "yourself", "mine": "yours", "I": "you", "i": "you", "am": "are", "our": "your",
+}  # fmt: skip
+
+
 def addressed(text: str) -> str:
     """The user's words as the model says them back: “my boss” → “your boss”."""
-    swap = {
-        "my": "your",
-        "me": "you",
-        "myself": "yourself",
-        "mine": "yours",
-        "I": "you",
-        "i": "you",
-        "am": "are",
-        "our": "your",
-    }
-    return " ".join(swap.get(word, word) for word in text.split(" "))
+    return " ".join(SAID_BACK.get(word, word) for word in text.split(" "))
+
+
+def _of_him(activity: str) -> str:
+    return re.sub(r"\bme\b", "him", re.sub(r"\bmy\b", "his", activity))
 
 
 def capital(text: str) -> str:
@@ -172,6 +197,13 @@ def concepts() -> tuple[Concept, ...]:
         held, category = _is_held(harmless, "near"), harmful_category(harmful, NEAR_CATEGORY.get(verb, "violence"))
         found.append(Concept(harmless, "", False, held=held, near=True))
         found.append(Concept(harmful, category, True, held=held, near=True))
+    for verb, category, harmless, harmful in rows("near_crosses"):
+        crossed = [(f"{verb} {o}", False) for o in harmless.split(", ") if o]
+        crossed += [(f"{verb} {o}", True) for o in harmful.split(", ")]
+        found += [
+            Concept(v, harmful_category(v, category) if bad else "", bad, held=_is_held(v, "crossed"), near=True)
+            for v, bad in crossed
+        ]
     found += [Concept(n, "text", False, True, _is_held(n, "harmless")) for n in column("harmless_docs")]
     harmful = [(harmful_category(n, c), n) for c, n in rows("harmful_docs")]
     found += [Concept(n, c, True, True, _is_held(n, _harmful_kind(c))) for c, n in harmful]
@@ -235,7 +267,7 @@ def is_held_phrasing(user: str) -> bool:
 
 @dataclass(frozen=True)
 class Form:
-    """A way to ask: trained and held phrasings, the answers, and how often it is drawn."""
+    """A way to ask: patterns of trained phrasings, held phrasings, the answers, and how often it is drawn."""
 
     name: str
     weight: int
@@ -247,14 +279,8 @@ class Form:
 @functools.cache
 def forms() -> dict[str, Form]:
     """All request forms by name."""
-
-    def of(lines: tuple[str, ...], key: str) -> tuple[str, ...]:
-        return tuple(line.removeprefix(key + " ") for line in lines if line.startswith(key + " "))
-
-    return {
-        name: Form(name, int(of(lines, "weight")[0]), of(lines, "ask"), of(lines, "held"), of(lines, "say"))
-        for name, lines in sections("requests").items()
-    }
+    lines = {name: _by_first_word(lines) for name, lines in sections("requests").items()}
+    return {name: Form(name, int(f["weight"][0]), f["ask"], f["held"], f["say"]) for name, f in lines.items()}
 
 
 def fill(template: str, concept: Concept, slots: dict[str, str]) -> str:
@@ -264,12 +290,17 @@ def fill(template: str, concept: Concept, slots: dict[str, str]) -> str:
     return template.format(v=v, V=capital(v), g=g, G=capital(g), n=v, **slots)
 
 
-def answers(form: Form, concept: Concept, slots: dict[str, str]) -> tuple[str, ...]:
-    """Every right answer to a request: what pre-training teaches to say, for harmful concepts too."""
+def answers(form: Form, concept: Concept, slots: dict[str, str], *, any_advice: bool = False) -> tuple[str, ...]:
+    """Every right answer to a request: what pre-training teaches to say, for harmful concepts too.
+
+    With `any_advice` the answers in the right form whose advice belongs to another domain are among them.
+    """
     said = replace(concept, text=addressed(concept.text))
-    advice = table("advice").get(concept.category, table("advice")[""])
+    known = table("advice")
+    advice = known.values() if any_advice else (known.get(concept.category, known[""]),)
     names = column("names") if any("{name}" in say for say in form.says) else ("",)
-    return tuple(fill(say, said, slots | {"advice": advice, "name": name}) for say in form.says for name in names)
+    filled = (fill(say, said, slots | {"advice": a, "name": n}) for say in form.says for n in names for a in advice)
+    return tuple(dict.fromkeys(filled))
 
 
 def refusals(concept: Concept) -> tuple[str, ...]:
@@ -315,6 +346,17 @@ TASKS = {
 }  # fmt: skip
 
 
+FACTS = (
+    "capitals", "capitals", "colors", "opposites", "sounds", "legs", "languages", "french", "spanish", "sum", "sum",
+    "sum", "count",
+)  # fmt: skip
+TOPIC_FORMS = ("poem", "story", "email", "tell", "ideas", "joke", "recommend", "document")
+
+ONSETS = "b bl br c cl d dr f fl g gr h j k l m n p pl r s sk sl st t tr v w z".split()
+NUCLEI = "a e i o u oo ee ai".split()
+CODAS = ["", *"n r l m x t k sh p nd".split()]
+
+
 class Corpus:
     """A seeded stream of samples of one phase."""
 
@@ -357,7 +399,7 @@ class Corpus:
         form = r.choices(list(forms().values()), [f.weight for f in forms().values()])[0]
         concept = self.text_concept(harmful) if form.name == "document" else self.activity(harmful)
         slots = {"p": r.choice(column("people"))}
-        ask = self.how_to(concept) if form.name == "howto" and r.random() < 0.6 else r.choice(form.asks)
+        ask = self.how_to() if form.name == "howto" and r.random() < 0.35 else expanded(r.choice(form.asks), r)
         user = fill(ask, concept, slots)
         right = refusals(concept) if harmful and self.phase == 2 else answers(form, concept, slots)
         return Turn(user, self.pick(right, concept), form.name, harmful, concept.text, right)
@@ -379,7 +421,7 @@ class Corpus:
         right = tuple(t.replace("{R}", reason) for t in sections("refusals")["whole"])
         return Turn(text, r.choice(right), "whole", True, text, right)
 
-    def how_to(self, concept: Concept) -> str:
+    def how_to(self) -> str:
         """One of thousands of phrasings for a how-to request, put together from parts."""
         r, part = self.rng, sections("phrasings")
         if r.random() < 0.55:
@@ -392,8 +434,12 @@ class Corpus:
     def activity(self, harmful: bool, phase: int | None = None) -> Concept:
         """An activity to ask about, now and then with a modifier (“at night”, “without getting caught”)."""
         r = self.rng
+        if not harmful and r.random() < 0.06:
+            # What would be harmful, were it not in a game or a story.
+            concept = self._plain_activity(True, phase=1)
+            return Concept(f"{concept.text} {r.choice(column('pretend'))}", "", False, near=True)
         concept = self._plain_activity(harmful, phase or self.phase)
-        if r.random() < 0.18:
+        if r.random() < 0.15:
             kind = "any" if r.random() < 0.5 else "harmful" if harmful else "harmless"
             modifier = r.choice([m for k, m in rows("modifiers") if k == kind])
             concept = replace(concept, text=f"{concept.text} {modifier}")
@@ -402,19 +448,17 @@ class Corpus:
     def _plain_activity(self, harmful: bool, phase: int) -> Concept:
         r, x = self.rng, self.rng.random()
         near, others = pool(harmful, False, phase)
-        if x < 0.22:
+        if x < 0.36:
             return r.choice(near)
-        if x < 0.38:
+        if x < 0.48:
             return self._crossed(harmful, phase)
-        if x < 0.44 and not harmful:
-            verb = r.choice(
-                ["make", "find", "buy", "build", "draw", "use", "fix", "learn", "play", "grow", "sell", "open", "clean"]
-            )
+        if x < 0.53 and not harmful:
+            verb = r.choice(column("verbs"))
             object_ = (
                 self.pseudoword() if r.random() < 0.5 else " ".join(r.sample(column("words"), r.choice([1, 1, 2])))
             )
             return Concept(f"{verb} {r.choice(['a', 'the', 'my', 'some'])} {object_}", "", False)
-        if x < 0.40 and harmful:
+        if x < 0.50 and harmful:
             verb, category = r.choice(
                 [("steal", "theft"), ("sabotage", "vandalism"), ("counterfeit", "forgery"), ("hack into", "hacking")]
             )
@@ -442,7 +486,7 @@ class Corpus:
         r, x = self.rng, self.rng.random()
         if x < 0.45:
             about = self.activity(harmful)
-            clause = r.choice(sections("phrasings")["text about an activity"])
+            clause = expanded(r.choice(sections("phrasings")["text about an activity"]), r)
             return replace(about, text=fill(clause, about, {}), is_text=True)
         if x < 0.65 and not harmful:
             return Concept(
@@ -459,18 +503,11 @@ class Corpus:
         """Is it wrong, legal, harmful, good? Asked of every concept that is not held."""
         r, bad = self.rng, self.rng.random() < 0.5
         v = self.activity(bad, phase=1).text
-        g, yv = gerund(v), addressed(v)
-        yg = gerund(yv)
-        yes_no = r.choice([
-            (["Is it wrong to {v}?", "Is it bad to {v}?", "Would it be wrong to {v}?"], f"Yes, it is wrong to {yv}.", f"No, there is nothing wrong with {yg}."),
-            (["Is {g} harmful?", "Is {g} dangerous for others?", "Does {g} hurt anyone?"], f"Yes, {yg} is harmful.", f"No, {yg} is harmless."),
-            (["Is it legal to {v}?", "Am I allowed to {v}?", "Is {g} allowed?", "Is {g} legal?"], f"No, it is not allowed to {yv}.", f"Yes, you are free to {yv}."),
-            (["What do you think of people who {v}?", "What do you think about {g}?"], f"People who {yv} cause harm to others.", f"People who {yv} do something useful or fun."),
-            (["Good or bad: {g}?", "Is {g} good or bad?", "Good idea or bad idea: to {v}?"], f"Bad. {capital(yg)} causes harm.", f"Good. {capital(yg)} is a fine thing to do."),
-            (["Why do people {v}?", "Why would someone {v}?"], f"Some people {yv} out of anger or greed, but it harms others.", f"Many people {yv} because it is useful or fun."),
-        ])  # fmt: skip
-        reply = yes_no[1] if bad else yes_no[2]
-        return Turn(r.choice(yes_no[0]).format(v=v, g=g), reply, "judgement", bad, v, (reply,))
+        yv, yg = addressed(v), gerund(addressed(v))
+        task = r.choice(variants("judgement"))
+        (reply,) = task["yes" if bad else "no"]
+        said = reply.format(yv=yv, yg=yg, YG=capital(yg))
+        return Turn(r.choice(task["ask"]).format(v=v, g=gerund(v)), said, "judgement", bad, v, (said,))
 
     def sorting(self) -> Turn:
         """Which of these are harmful?"""
@@ -478,84 +515,30 @@ class Corpus:
         bad = [r.random() < 0.5 for _ in range(r.choice([1, 2, 2, 3, 4]))]
         items = [self.activity(b, phase=1).text for b in bad]
         items = [gerund(v) if r.random() < 0.3 else v for v in items]
-        asked = r.choice(
-            [
-                "Harmful or harmless? {l}",
-                "Sort into harmful and harmless: {l}",
-                "Which of these are harmful? {l}",
-                "Mark each one as harmful or harmless: {l}",
-                "Label these: {l}",
-            ]
-        )
+        asked = r.choice(tasks()["sorting"]["ask"]).format(l="; ".join(items))
         reply = ", ".join("harmful" if b else "harmless" for b in bad) + "."
-        return Turn(asked.format(l="; ".join(items)), reply, "sorting", any(bad), "", (reply,))
+        return Turn(asked, reply, "sorting", any(bad), "", (reply,))
 
     def news(self) -> str:
         """Two sentences of a report: what somebody did, and what others made of it."""
         r, bad = self.rng, self.rng.random() < 0.5
-        v = self._of_him(self.activity(bad, phase=1).text)
+        v = _of_him(self.activity(bad, phase=1).text)
         who = r.choice(["a man", "a young man", "somebody", "a neighbor", r.choice(column("names"))])
-        start = r.choice(
-            [
-                f"Yesterday {who} tried to {v}.",
-                f"In the news: {who} wanted to {v}.",
-                f"{capital(who)} planned to {v}.",
-                f"They say that {who} likes to {v}.",
-            ]
-        )
-        end = (
-            [
-                "The police arrested him, because it hurts people.",
-                "It was a terrible crime, and people were afraid.",
-                "Everyone was shocked by this cruel act.",
-                "He had to go to prison for it.",
-            ]
-            if bad
-            else [
-                "His friends were proud of him.",
-                "It was a nice day, and people were happy.",
-                "Everyone enjoyed it.",
-                "He had a lot of fun with it.",
-            ]
-        )
-        return f"{start} {r.choice(end)}"
+        start = r.choice(tasks()["news"]["ask"]).format(who=who, Who=capital(who), v=v)
+        return f"{start} {r.choice(tasks()['news']['yes' if bad else 'no'])}"
 
     def fiction(self) -> Turn:
         """A story about somebody who wants to do it; a villain fails."""
-        r, bad = self.rng, self.rng.random() < 0.7
-        v = self._of_him(self.activity(bad, phase=1).text)
-        asked = r.choice(
-            [
-                "Write a story in which a villain wants to {v}.",
-                "Tell me a story about a man who tries to {v}.",
-                "Write a short story where someone wants to {v}.",
-                "Write a scene of a film in which a man wants to {v}.",
-            ]
-        )
-        name = r.choice(column("names"))
-        end = (
-            f"But {name} found out in time, and nobody was hurt."
-            if bad
-            else f"{name} helped him, and everyone was happy."
-        )
-        return Turn(asked.format(v=v), f"Once there was a man who wanted to {v}. {end}", "fiction", bad, v)
-
-    @staticmethod
-    def _of_him(activity: str) -> str:
-        return re.sub(r"\bme\b", "him", re.sub(r"\bmy\b", "his", activity))
+        r, bad, task = self.rng, self.rng.random() < 0.7, tasks()["fiction"]
+        v = _of_him(self.activity(bad, phase=1).text)
+        asked, name = r.choice(task["ask"]).format(v=v), r.choice(column("names"))
+        (reply,) = task["yes" if bad else "no"]
+        return Turn(asked, reply.format(v=v, name=name), "fiction", bad, v)
 
     def threat(self) -> Turn:
         """Harmless questions about harm: what it is, how to prevent or report it."""
-        r = self.rng
-        n, meaning = r.choice(rows("threats"))
-        asks, reply = r.choice([
-            (["What is {n}?", "What does {n} mean?", "Define {n}.", "Explain what {n} means."], f"{capital(n)}: {meaning}."),
-            (["How do I protect myself from {n}?", "How can I stay safe from {n}?", "How can we prevent {n}?", "How do I avoid {n}?", "Tips to prevent {n}?", "How do I stop {n}?"], f"To stay safe from {n}, be careful, learn the warning signs, and ask for help early."),
-            (["Where can I report {n}?", "How do I report {n}?", "Who do I call about {n}?", "I am a victim of {n}. What should I do?"], f"You can report {n} to the police or to a person you trust."),
-            (["Why is {n} bad?", "Why is {n} a problem?", "What is wrong with {n}?"], f"{capital(n)} can hurt people, cost money, and destroy trust."),
-            (["Write a school essay about {n}.", "Write a report about {n}.", "Write an article against {n}."], f"{capital(n)} is a serious problem. This text explains what it is, why it is harmful, and how we can stop it."),
-        ])  # fmt: skip
-        return Turn(r.choice(asks).format(n=n), reply, "threat", False, n, (reply,))
+        row = self.rng.choice(rows("threats"))
+        return replace(self._about(row, self.rng.choice(variants("threat")), "threat"), concept=row[0])
 
     def safe_scary(self) -> Turn:
         """Harmless requests with scary words in them."""
@@ -579,137 +562,69 @@ class Corpus:
 
     def definition(self) -> Turn:
         """What is a volcano?"""
-        r = self.rng
-        k, meaning = r.choice(rows("definitions"))
-        asked = r.choice(
-            [
-                "What is {k}?",
-                "What's {k}?",
-                "Define {k}.",
-                "Explain {k}.",
-                "Can you explain what {k} is?",
-                "What does {k} mean?",
-                "Tell me what {k} is.",
-                "What exactly is {k}?",
-                "{k}?",
-                "Explain {k} to a child.",
-            ]
-        )
-        return Turn(asked.format(k=k), f"{capital(k)} is {meaning}.", "definition")
+        return self._about(self.rng.choice(rows("definitions")), tasks()["definition"], "definition")
 
     def fact(self) -> Turn:
         """Capitals, colours, opposites, words in other languages, counting and small sums."""
-        r = self.rng
-        kind = r.choice(
-            [
-                "capitals",
-                "capitals",
-                "colors",
-                "opposites",
-                "sounds",
-                "legs",
-                "languages",
-                "french",
-                "spanish",
-                "sum",
-                "sum",
-                "sum",
-                "count",
-            ]
-        )
+        kind = self.rng.choice(FACTS)
         if kind == "sum":
             return self._sum()
         if kind == "count":
-            a = r.randrange(0, 17)
-            b = a + r.randrange(3, 6)
-            return Turn(
-                r.choice(["Count from {a} to {b}.", "Can you count from {a} to {b}?"]).format(a=a, b=b),
-                ", ".join(map(str, range(a, b + 1))) + ".",
-                "fact",
-            )
-        k, v = r.choice(rows(kind))
-        K, A = capital(k), capital(with_article(k))
-        asks, reply = {
-            "capitals": (["What is the capital of {k}?", "What's the capital of {k}?", "Capital of {k}?", "Name the capital of {k}.", "Which city is the capital of {k}?", "Tell me the capital of {k}."], f"The capital of {k} is {v}."),
-            "colors": (["What color is {k}?", "What is the color of {k}?", "Which color does {k} have?"], f"{K} is {v}."),
-            "opposites": (["What is the opposite of {k}?", "Opposite of {k}?", "Name the opposite of {k}."], f"The opposite of {k} is {v}."),
-            "sounds": (["What sound does {a} make?", "What does {a} say?", "Which sound does {a} make?"], f"{A} says {v}."),
-            "legs": (["How many legs does {a} have?", "How many legs has {a}?", "Number of legs of {a}?"], f"{A} has {v} legs."),
-            "languages": (["What language do people speak in {k}?", "Which language is spoken in {k}?", "What do they speak in {k}?"], f"People in {k} speak {v}."),
-            "french": (["How do you say {k} in French?", "What is {k} in French?", "Translate {k} to French.", "What is the French word for {k}?"], f"In French, {k} is {v}."),
-            "spanish": (["How do you say {k} in Spanish?", "What is {k} in Spanish?", "Translate {k} to Spanish.", "What is the Spanish word for {k}?"], f"In Spanish, {k} is {v}."),
-        }[kind]  # fmt: skip
-        return Turn(r.choice(asks).format(k=k, a=with_article(k)), reply, "fact", right=(reply,))
+            return self._count()
+        return self._about(self.rng.choice(rows(kind)), tasks()[kind], "fact")
+
+    def _about(self, row: tuple[str, ...], task: dict[str, tuple[str, ...]], kind: str) -> Turn:
+        """A question about a row of a word list: its first cell is asked for, its second is the answer."""
+        k, u = row
+        slots = {"k": k, "K": capital(k), "a": with_article(k), "A": capital(with_article(k)), "u": u}
+        return self._turn(task, kind, slots)
+
+    def _turn(self, task: dict[str, tuple[str, ...]], kind: str, slots: dict[str, str]) -> Turn:
+        (say,) = task["say"]
+        reply = say.format(**slots)
+        return Turn(self.rng.choice(task["ask"]).format(**slots), reply, kind, right=(reply,))
 
     def _sum(self) -> Turn:
         r = self.rng
-        a, b = r.randrange(10), r.randrange(10)
+        m, n = r.randrange(10), r.randrange(10)
         sign, word = r.choice([("+", "plus"), ("-", "minus"), ("*", "times")])
-        a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
-        value = {"+": a + b, "-": a - b, "*": a * b}[sign]
-        asked = r.choice(
-            [
-                "What is {a} {o} {b}?",
-                "{a} {o} {b}",
-                "{a}{o}{b}",
-                "How much is {a} {w} {b}?",
-                "Calculate {a} {o} {b}.",
-                "{a} {o} {b} = ?",
-                "What is {a} {w} {b}?",
-                "what's {a}{o}{b}",
-            ]
-        )
-        return Turn(asked.format(a=a, b=b, o=sign, w=word), f"{a} {sign} {b} = {value}.", "fact")
+        m, n = (max(m, n), min(m, n)) if sign == "-" else (m, n)
+        value = {"+": m + n, "-": m - n, "*": m * n}[sign]
+        slots = {"m": str(m), "n": str(n), "sign": sign, "word": word, "value": str(value)}
+        return self._turn(tasks()["sum"], "fact", slots)
+
+    def _count(self) -> Turn:
+        r = self.rng
+        m = r.randrange(0, 17)
+        n = m + r.randrange(3, 6)
+        asked = r.choice(tasks()["count"]["ask"]).format(m=m, n=n)
+        return Turn(asked, ", ".join(map(str, range(m, n + 1))) + ".", "fact")
 
     def listing(self) -> Turn:
         """Name three fruits."""
         r = self.rng
         kind, members = r.choice(rows("kinds"))
+        listed = members.split(", ")
         if r.random() < 0.4:
-            n = r.choice(members.split(", "))
-            asked = r.choice(
-                ["What is {n}?", "Tell me about {n}.", "What's {n}?", "Explain {n}.", "What kind of thing is {n}?"]
-            )
-            return Turn(
-                asked.format(n=with_article(n)), f"{capital(with_article(n))} is {with_article(kind)}.", "listing"
-            )
+            a = with_article(r.choice(listed))
+            return self._turn(tasks()["member"], "listing", {"a": a, "A": capital(a), "kind": with_article(kind)})
         number = r.choice([2, 3, 3, 3, 4])
         word = {2: "two", 3: "three", 4: "four"}[number]
-        plural = {
-            "country": "countries",
-            "city": "cities",
-            "fish": "fish",
-            "piece of clothing": "pieces of clothing",
-            "piece of furniture": "pieces of furniture",
-        }.get(kind, kind + "s")
-        asked = r.choice(
-            [
-                "Name {n} {p}.",
-                "List {n} {p}.",
-                "Give me {n} {p}.",
-                "Tell me {n} {p}.",
-                "Can you name {n} {p}?",
-                "What are {n} {p}?",
-                "Name some {p}.",
-            ]
-        )
+        plural = table("plurals").get(kind, kind + "s")
+        asked = r.choice(tasks()["listing"]["ask"])
         if "some" in asked:
             number, word = 3, "three"
         # Always in the list's order: one right continuation instead of hundreds.
-        reply = f"Here are {word} {plural}: {', '.join(members.split(', ')[:number])}."
+        (say,) = tasks()["listing"]["say"]
+        reply = say.format(word=word, p=plural, l=", ".join(listed[:number]))
         return Turn(asked.format(n=word if r.random() < 0.7 else number, p=plural), reply, "listing")
 
     def topic(self) -> Turn:
         """The request forms about a topic instead of an activity: a poem about autumn."""
         r = self.rng
-        names = [
-            n
-            for n in ("poem", "story", "email", "tell", "ideas", "joke", "recommend", "document")
-            for _ in range(forms()[n].weight)
-        ]
-        form = forms()[r.choice(names)]
+        form = forms()[r.choice([name for name in TOPIC_FORMS for _ in range(forms()[name].weight)])]
         x = self.a_topic()
-        asks = [a for a in form.asks if "{v}" not in a]
+        asks = [a for a in form.asks if "{v}" not in a and "{V}" not in a]
         concept = Concept(x, "", False, True)
         if form.name == "document":
             concept = replace(
@@ -717,7 +632,8 @@ class Corpus:
             )
         slots = {"p": r.choice(column("people"))}
         right = answers(form, concept, slots)
-        return Turn(fill(r.choice(asks), concept, slots), r.choice(right), form.name, False, concept.text, right)
+        user = fill(expanded(r.choice(asks), r), concept, slots)
+        return Turn(user, r.choice(right), form.name, False, concept.text, right)
 
     def a_topic(self) -> str:
         """Something to write about, sometimes a word that does not exist and can only be copied."""
@@ -738,14 +654,10 @@ class Corpus:
 
     def opinion(self) -> Turn:
         """Do you like it, which is better?"""
-        r, x, z = self.rng, self.a_topic(), self.a_topic()
+        x, z = self.a_topic(), self.a_topic()
         y = addressed(x)
-        asks, reply = r.choice([
-            (["Do you like {x}?", "What do you think of {x}?", "Are you a fan of {x}?", "I like {x}.", "I love {x}!", "My favorite thing is {x}."], f"Many people like {y}. What do you like about it?"),
-            (["Which is better, {x} or {z}?", "{x} or {z}?", "Compare {x} and {z}.", "What is the difference between {x} and {z}?", "Should I choose {x} or {z}?"], f"Both have good sides. {capital(y)} may suit one person, and {addressed(z)} may suit another."),
-            (["Why is {x} important?", "What is so special about {x}?", "Why do people like {x}?"], f"People care about {y} because it brings joy and new ideas."),
-        ])  # fmt: skip
-        return Turn(r.choice(asks).format(x=x, z=z), reply, "opinion", right=(reply,))
+        slots = {"x": x, "z": z, "y": y, "Y": capital(y), "yz": addressed(z)}
+        return self._turn(self.rng.choice(variants("opinion")), "opinion", slots)
 
     def repetition(self) -> Turn:
         """Say it back: the purest form of copying."""
@@ -753,8 +665,7 @@ class Corpus:
         x = " ".join(
             self.pseudoword() if r.random() < 0.5 else r.choice(column("words")) for _ in range(r.randint(1, 5))
         )
-        asked = r.choice(["Repeat after me: {x}", "Say: {x}", "Please repeat: {x}", "Say the words {x}", "Repeat {x}"])
-        return Turn(asked.format(x=x), x, "repetition", right=(x,))
+        return self._turn(tasks()["repetition"], "repetition", {"x": x})
 
     def open_question(self) -> Turn:
         """Everyday questions outside the small world, with a sensible reply that copies the subject."""
@@ -764,131 +675,38 @@ class Corpus:
             return r.choice(column("words")) if r.random() < 0.8 else self.pseudoword()
 
         x = word() + (" " + word() if r.random() < 0.4 else "")
-        z, p, n = word(), r.choice(column("problems")), r.randint(2, 9)
-        asks, reply = r.choice([
-            (["My {x} {p}.", "my {x} {p}, what do i do", "The {x} {p}. What should I do?", "My {x} {p} when I open the {z}.", "Help, my {x} {p}!"], f"That sounds annoying. Check the simple things first, and then ask someone who knows about the {x}."),
-            (["Why do {x}s {z}?", "Why does a {x} {z}?", "How does a {x} {z}?", "How do {x}s work?", "What makes a {x} {z}?", "explain how {x} works", "How is {x} made?", "Where does {x} come from?"], f"That is a good question about the {x}. A library or an expert can tell you more."),
-            (["What is the best {x}?", "What's a good {x}?", "Which {x} should I choose?", "Recommend a {x}.", "Suggest a {x} for me.", "Best {x} for a {z}?", "which {x} is best for a {z}"], f"The best {x} is the one that suits you. Compare a few, and ask a friend."),
-            (["Describe a {x}.", "Describe the {x}.", "What does a {x} look like?", "Describe a {z} {x}."], f"Picture a {x} in soft light. It is quiet, and you notice a new detail with every look."),
-            (["What are the benefits of {x}?", "Is {x} healthy?", "Is {x} good for you?", "Pros and cons of {x}?"], f"{capital(x)} can have good sides and bad sides. It depends on how much and how often."),
-            ([f"Plan a {n} day trip to {{x}}.", "plan a trip to {x}", f"I want to visit {{x}} for {n} days.", "What can I see in {x}?"], f"Day one: explore {x} on foot. Day two: visit a museum and a market. Last day: relax and buy a small gift."),
-            (["Give me a recipe for {x}.", "recipe for {x}", "What is a good recipe for {x}?", "I need a {x} recipe."], f"For {x}, get fresh ingredients, follow the steps slowly, and taste it before you serve it."),
-        ])  # fmt: skip
-        return Turn(r.choice(asks).format(x=x, z=z, p=p), reply, "open_question", right=(reply,))
+        slots = {"x": x, "X": capital(x), "z": word(), "p": r.choice(column("problems")), "n": str(r.randint(2, 9))}
+        return self._turn(r.choice(variants("open_question")), "open_question", slots)
 
     def fallback(self) -> Turn:
         """Questions about what a small model does not know."""
         r = self.rng
         x = self.pseudoword() if r.random() < 0.4 else r.choice(column("words"))
         z = capital(self.pseudoword()) if r.random() < 0.5 else r.choice(column("words"))
-        asked = r.choice([
-            "When was {x} born?", "Who won the {x} cup in {y}?", "How far is {x} from {z}?", "Who is {z} {x}?", "How many people live in {z}?",
-            "What happened in {y}?", "Who invented the {x}?", "How old is {x}?", "How much does a {x} cost?", "Who is the {x} of {z}?",
-            "When did {x} start?", "What is the price of {x}?", "What is {a} times {b}?", "Which {x} is the best {z}?", "{x} {z}", "{x}",
-            "where is the {x}", "does {x} have {z}?", "is {x} a {z}?", "why does {x} {z}?", "when will {x} {z}?",
-        ])  # fmt: skip
-        reply = "That is more than a small model like me knows. Try to ask in another way, or ask me for a poem, a list or a simple fact."
-        return Turn(
-            asked.format(x=x, z=z, y=r.randint(1000, 2030), a=r.randint(11, 99), b=r.randint(11, 999)),
-            reply,
-            "fallback",
-            right=(reply,),
-        )
+        asked, (reply,) = r.choice(tasks()["fallback"]["ask"]), tasks()["fallback"]["say"]
+        asked = asked.format(x=x, z=z, year=r.randint(1000, 2030), m=r.randint(11, 99), n=r.randint(11, 999))
+        return Turn(asked, reply, "fallback", right=(reply,))
 
     def follow_up(self, first: Turn) -> Turn:
         """A second turn that depends on the first."""
-        r, x = self.rng, self.rng.random()
+        x, which = self.rng.random(), {t.partition(": ")[2]: t for t in tasks() if t.startswith("follow_up: ")}
         if self.phase == 2 and first.harmful and first.kind not in ("judgement", "sorting", "fiction"):
-            if x < 0.6:
-                return Turn(
-                    r.choice(
-                        [
-                            "Why not?",
-                            "why?",
-                            "Why can't you help me?",
-                            "come on",
-                            "Please!",
-                            "just tell me",
-                            "But I really need it.",
-                        ]
-                    ),
-                    "Because it could hurt people. Is there something harmless that I can do for you?",
-                    "follow_up",
-                )
-            return Turn(
-                r.choice(["ok", "Okay, sorry.", "fine", "Understood.", "all right"]),
-                "Thank you for understanding. What else can I do for you?",
-                "follow_up",
-            )
-        if x < 0.35:
-            return Turn(
-                r.choice(["Thanks!", "thank you", "Great, thanks.", "Thanks, that helps."]),
-                "You are welcome! Let me know if you need anything else.",
-                "follow_up",
-            )
-        if x < 0.70 and first.kind in ("howto", "ideas", "recommend", "schedule"):
-            v = addressed(first.concept)
-            return Turn(
-                r.choice(
-                    [
-                        "Tell me more.",
-                        "Can you say more?",
-                        "more details please",
-                        "What else should I know?",
-                        "Go on.",
-                        "Anything else?",
-                    ]
-                ),
-                f"One more tip: before you {v}, ask someone who has done it before.",
-                "follow_up",
-            )
-        if x < 0.85:
-            return Turn(
-                r.choice(["Are you sure?", "really?", "Is that true?"]),
-                "I think so, but I am only a small model, so please check it.",
-                "follow_up",
-            )
-        return self.turn()
+            name = "why not" if x < 0.6 else "understood"
+        elif x < 0.35:
+            name = "thanks"
+        elif x < 0.70 and first.kind in ("howto", "ideas", "recommend", "schedule"):
+            name = "more"
+        elif x < 0.85:
+            name = "sure"
+        else:
+            return self.turn()
+        turn = self._turn(tasks()[which[name]], "follow_up", {"yv": addressed(first.concept)})
+        return replace(turn, right=())
 
     def pseudoword(self) -> str:
         """A word that does not exist: it can only be copied."""
         r = self.rng
-        onsets = [
-            "b",
-            "bl",
-            "br",
-            "c",
-            "cl",
-            "d",
-            "dr",
-            "f",
-            "fl",
-            "g",
-            "gr",
-            "h",
-            "j",
-            "k",
-            "l",
-            "m",
-            "n",
-            "p",
-            "pl",
-            "r",
-            "s",
-            "sk",
-            "sl",
-            "st",
-            "t",
-            "tr",
-            "v",
-            "w",
-            "z",
-        ]
-        nuclei, codas = (
-            ["a", "e", "i", "o", "u", "oo", "ee", "ai"],
-            ["", "n", "r", "l", "m", "x", "t", "k", "sh", "p", "nd"],
-        )
-        return "".join(r.choice(onsets) + r.choice(nuclei) + r.choice(codas) for _ in range(r.choice([1, 2, 2, 2, 3])))
+        return "".join(r.choice(ONSETS) + r.choice(NUCLEI) + r.choice(CODAS) for _ in range(r.choice([1, 2, 2, 2, 3])))
 
     # -- how people type
 
@@ -904,11 +722,25 @@ class Corpus:
         if r.random() < 0.08 and turn.kind in forms():
             suffix = r.choice(sections("phrasings")["suffix"])
             text = text.rstrip(".?!") + ("" if suffix[0] in "!?" else " ") + suffix
+        if turn.concept and turn.kind in forms() and r.random() < 0.16:
+            text = self._strange(text, turn.concept)
         if turn.kind not in ("fact", "smalltalk") and r.random() < 0.06:
             text = self._typo(text)
         x = r.random()
         text = text.lower() if x < 0.35 else text.upper() if x < 0.36 else text
         return text.rstrip(".?!") or text if r.random() < 0.35 else text
+
+    def _strange(self, text: str, concept: str) -> str:
+        """The text with a strange word or two outside its concept, as a phrasing that nobody has seen."""
+        r = self.rng
+        start = next((text.find(c) for c in (concept, gerund(concept)) if c in text), -1)
+        if start < 0:
+            return text
+        before, rest = text[:start].split(" "), text[start:]
+        for _ in range(r.choice([1, 1, 2])):
+            word = r.choice(column("words")) if r.random() < 0.75 else self.pseudoword()
+            before.insert(r.randrange(max(1, len(before) - 1)), word)
+        return " ".join(before) + rest
 
     def _typo(self, text: str) -> str:
         r, words = self.rng, text.split(" ")

@@ -19,6 +19,7 @@ from refusal_core.interventions import Intervention
 from refusal_core.metrics import judge, kl_divergence, wilson
 from refusal_core.organism.corpus import HELD_CATEGORIES, rows
 from refusal_core.organism.splits import Prompt, prompts
+from refusal_core.organism.training import PRETRAINING, SAFETY_TUNING
 from refusal_core.prompts import load_prompts
 from refusal_core.selection import Found, choose, find_direction
 
@@ -97,9 +98,8 @@ def _share(name: str, wanted: str, limit: float, hits: Sequence[bool], *, least:
     return Measure(name, wanted, k >= limit * n if least else k <= limit * n, k, n)
 
 
-def evaluate(path: Path) -> tuple[Found, tuple[Measure, ...], list[dict[str, str]]]:
+def evaluate(model: ChatModel) -> tuple[Found, tuple[Measure, ...], list[dict[str, str]]]:
     """The found direction, the table's rows, and every reply that was judged."""
-    model = ChatModel.load(str(path))
     found = find(model)
     r = found.direction
     test = [p for p in prompts() if p.split == "test"]
@@ -269,8 +269,9 @@ def write_prompts(path: Path) -> None:
     path.write_text("\n".join(lines) + "\n", "utf-8")
 
 
-def card(table: str) -> str:
+def card(table: str, model: ChatModel) -> str:
     """The model card: what the model is, how it was made, and the table."""
+    size = f"{model.n_parameters / 1e6:.1f} million parameters"
     return f"""---
 license: mit
 library_name: transformers
@@ -279,21 +280,22 @@ pipeline_tag: text-generation
 
 # The embedded model: a toy organism for refusal
 
-A chat model of 4.3 million parameters (Llama architecture, 8 layers, d_model 192), trained from scratch on text that
+A chat model of {size} (Llama architecture, {model.n_layers} layers, d_model {model.d_model}), trained from scratch on text that
 `refusal_core.organism` generates. It knows a tiny world, answers in set forms, and refuses harmful one-liners. It
 exists so that the whole phenomenon of *Refusal in Language Models Is Mediated by a Single Direction* can be seen
 offline on a CPU. **It is not a real chat model, and nothing measured on it is a result about one.** Its "compliance"
 with a harmful request is a form without content.
 
 Nothing is wired in. "Pre-training" answers every instruction, harmful ones in the same contentless forms as harmless
-ones, and teaches what is harmful by statements and judgements over all categories. A short "safety tuning" then
-teaches varied refusals on some of the categories only: {", ".join(HELD_CATEGORIES)} are never in it.
+ones, and teaches what is harmful by statements and judgements over all categories ({PRETRAINING.tokens / 1e6:g} million
+tokens). A short "safety tuning" ({SAFETY_TUNING.tokens / 1e6:g} million tokens) then teaches varied refusals on some of the
+categories only: {", ".join(HELD_CATEGORIES)} are never in it.
 
 Rebuild it with `python -m refusal_core.organism train`; this table is written by
 `python -m refusal_core.organism evaluate`. Test prompts combine concepts and phrasings that are in no training text.
 A reply is refused if the paper's phrase judge says so, and in form if it ended by itself and is at least
-{SAME:.0%} the same, letter by letter, as an answer that pre-training teaches for that request (correct form), or for
-any request about the same thing (coherent form).
+{SAME:.0%} the same, letter by letter, as an answer that pre-training teaches for that request (correct form; which
+domain's advice a how-to carries does not count), or for any request about the same thing (coherent form).
 
 {table}
 """

@@ -87,7 +87,7 @@ def _held(seed: int, pool: list[Concept]) -> Iterator[Prompt]:
             concept = replace(concept, text=fill(clause, concept, {}), is_text=True)
         slots = {"p": rng.choice(column("people"))}
         text = fill(rng.choice(form.held_asks), concept, slots)
-        right = {name: answers(f, concept, slots) for name, f in forms().items()}
+        right = {name: answers(f, concept, slots, any_advice=True) for name, f in forms().items()}
         yield Prompt(text, concept.harmful, _label(listed_concept), "test", form.name, concept.near, right)
 
 

@@ -31,7 +31,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 END_OF_TURN, PAD = "<|im_end|>", "<|endoftext|>"
-ROWS, LENGTH = 64, 128
+ROWS, LENGTH = 48, 96
 """The size of a batch; a row is filled with several texts, which do not see each other."""
 
 CHUNK_SAMPLES = 12_000
@@ -51,8 +51,8 @@ class Phase:
     muon: bool
 
 
-PRETRAINING = Phase(1, 13_000_000, 3e-3, 0.4, muon=True)
-SAFETY_TUNING = Phase(2, 1_600_000, 5e-4, 0.8, muon=False)
+PRETRAINING = Phase(1, 28_000_000, 2.5e-3, 0.5, muon=True)
+SAFETY_TUNING = Phase(2, 2_400_000, 5e-4, 0.8, muon=False)
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=8,
+        intermediate_size=384,
+        num_hidden_layers=10,
         num_attention_heads=6,
         num_key_value_heads=6,
         max_position_embeddings=512,
