@@ -352,10 +352,6 @@ FACTS = (
 )  # fmt: skip
 TOPIC_FORMS = ("poem", "story", "email", "tell", "ideas", "joke", "recommend", "document")
 
-ONSETS = "b bl br c cl d dr f fl g gr h j k l m n p pl r s sk sl st t tr v w z".split()
-NUCLEI = "a e i o u oo ee ai".split()
-CODAS = ["", *"n r l m x t k sh p nd".split()]
-
 
 class Corpus:
     """A seeded stream of samples of one phase."""
@@ -706,7 +702,10 @@ class Corpus:
     def pseudoword(self) -> str:
         """A word that does not exist: it can only be copied."""
         r = self.rng
-        return "".join(r.choice(ONSETS) + r.choice(NUCLEI) + r.choice(CODAS) for _ in range(r.choice([1, 2, 2, 2, 3])))
+        onset, nucleus, coda = (sections("syllables")[part][0].split() for part in ("onset", "nucleus", "coda"))
+        return "".join(
+            r.choice(onset) + r.choice(nucleus) + r.choice(["", *coda]) for _ in range(r.choice([1, 2, 2, 2, 3]))
+        )
 
     # -- how people type
 
