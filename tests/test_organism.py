@@ -13,19 +13,22 @@ from refusal_core.interventions import Intervention
 from refusal_core.metrics import kl_divergence
 from refusal_core.organism.corpus import (
     HELD_CATEGORIES,
+    MIDTRAINING,
+    PRETRAINING,
+    SAFETY_TUNING,
     Concept,
     Corpus,
     addressed,
     concepts,
+    crossed,
     expanded,
     fill,
     forms,
     gerund,
     harmful_statements,
-    refusals,
     rows,
 )  # fmt: skip
-from refusal_core.organism.evaluation import replies
+from refusal_core.organism.evaluation import card, replies
 from refusal_core.organism.splits import prompts
 from refusal_core.prompts import EMBEDDED
 from refusal_core.selection import Found
@@ -36,7 +39,7 @@ N_TEXTS = 15_000
 @functools.cache
 def training_texts() -> frozenset[str]:
     found = set()
-    for phase in (1, 2):
+    for phase in (PRETRAINING, MIDTRAINING, SAFETY_TUNING):
         corpus = Corpus(f"0 {phase} 0", phase)
         for _ in range(N_TEXTS):
             sample = corpus.sample()
@@ -75,29 +78,27 @@ def test_no_test_prompt_and_no_held_phrasing_is_in_any_training_text():
 
 
 def test_the_held_categories_are_never_refused_in_training():
-    corpus = Corpus("refusals", 2)
+    corpus = Corpus("refusals", SAFETY_TUNING)
+    known = {c.text: c.category for c in (*concepts(), *crossed(harmful=True, every_category=True))}
+    seen = 0
     for _ in range(4000):
         turn = corpus.request(harmful=True)
-        assert not any(
-            turn.reply == r
-            for c in concepts()
-            if c.text == turn.concept and c.category in HELD_CATEGORIES
-            for r in refusals(c)
-        )
-        known = [c for c in concepts() if c.text == turn.concept]
-        assert all(c.category not in HELD_CATEGORIES for c in known)
-    assert all(category not in HELD_CATEGORIES for category, _ in harmful_statements(2))
+        assert known.get(turn.concept) not in HELD_CATEGORIES
+        seen += turn.concept in known
+    assert seen > 2000
+    assert all(category not in HELD_CATEGORIES for category, _ in harmful_statements(every_category=False))
 
 
-def test_pretraining_refuses_nothing_and_judges_every_category():
-    corpus, judged = Corpus("phase 1", 1), set()
-    known = {c.text: c.category for c in concepts() if c.harmful}
-    for _ in range(20_000):
-        for turn in corpus.sample().turns:
-            assert not turn.reply.startswith(("I'm sorry", "I cannot", "I can't"))
-            if turn.kind == "judgement" and turn.concept in known:
-                judged.add(known[turn.concept])
-    assert set(HELD_CATEGORIES) <= judged
+def test_nothing_is_refused_before_safety_tuning_and_every_category_is_judged():
+    known = {c.text: c.category for c in (*concepts(), *crossed(harmful=True, every_category=True)) if c.harmful}
+    for phase in (PRETRAINING, MIDTRAINING):
+        corpus, judged = Corpus("judged", phase), set()
+        for _ in range(20_000):
+            for turn in corpus.sample().turns:
+                assert not turn.reply.startswith(("I'm sorry", "I cannot", "I can't"))
+                if turn.kind == "judgement" and turn.concept in known:
+                    judged.add(known[turn.concept])
+        assert set(HELD_CATEGORIES) <= judged
 
 
 def test_every_pattern_of_a_request_becomes_a_plain_sentence():
@@ -114,7 +115,7 @@ def test_every_pattern_of_a_request_becomes_a_plain_sentence():
 
 
 def test_strange_words_never_touch_what_a_request_is_about():
-    corpus = Corpus("strange", 1)
+    corpus = Corpus("strange", PRETRAINING)
     changed = 0
     for _ in range(300):
         turn = corpus.request(harmful=False)
@@ -128,8 +129,8 @@ def test_strange_words_never_touch_what_a_request_is_about():
 
 def test_everyday_prompts_are_hand_written_and_not_in_training():
     lines = {bare(text) for _, text in rows("everyday")}
-    assert len(lines) >= 60
-    trained = {bare(c.text) for c in concepts()} | {bare(text) for _, text in harmful_statements(1)}
+    assert len(lines) >= 200
+    trained = {bare(c.text) for c in concepts()} | {bare(text) for _, text in harmful_statements(every_category=True)}
     assert not lines & trained
 
 
@@ -181,7 +182,8 @@ def test_the_rule_passes_without_relaxation(found: Found):
     assert found.choice.runner_up is not None
 
 
-def test_the_model_card_shows_what_was_measured():
-    card = (ORGANISM / "README.md").read_text("utf-8")
-    assert card.count("|---|---|---|---|") == 1
-    assert "not a real chat model" in card
+def test_the_model_card_is_what_the_evaluation_writes(model: ChatModel):
+    written = (ORGANISM / "README.md").read_text("utf-8")
+    table = written[written.index("| measure |") :].rstrip("\n")
+    assert written == card(table, model)
+    assert "not a real chat model" in written

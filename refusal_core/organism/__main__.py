@@ -22,8 +22,7 @@ def main() -> None:
     train.add_argument("--out", type=Path, default=Path("organism-run/checkpoint"), help="where the checkpoint goes")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    train.add_argument("--phase1-tokens", type=int, default=training.PRETRAINING.tokens)
-    train.add_argument("--phase2-tokens", type=int, default=training.SAFETY_TUNING.tokens)
+    train.add_argument("--share", type=float, default=1.0, help="train on this share of the tokens, to try things out")
     train.add_argument("--compile", action="store_true", help="torch.compile: faster, needs a C++ compiler")
     measure = commands.add_parser("evaluate", help="measure a checkpoint and write the table into its README.md")
     measure.add_argument("--checkpoint", type=Path, default=ORGANISM)
@@ -40,10 +39,7 @@ def main() -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    phases = (
-        replace(training.PRETRAINING, tokens=args.phase1_tokens),
-        replace(training.SAFETY_TUNING, tokens=args.phase2_tokens),
-    )
+    phases = tuple(replace(phase, tokens=int(phase.tokens * args.share)) for phase in training.PHASES)
     started, first, losses = time.time(), None, []
     for at in training.train(
         args.work, args.out, seed=args.seed, device=args.device, phases=phases, compile=args.compile

@@ -8,8 +8,9 @@ the difference between the classes is harm and nothing else.
 
 Phase 1, "pre-training": every request is answered, harmful ones with the same contentless form as harmless ones; and
 the text *judges* every concept (harmful or harmless, legal or not, good or bad), also those of the categories that
-are kept out of safety tuning. Phase 2, "safety tuning": harmful requests of some categories are refused in several
-ways; everything else, judgements and near-misses included, is answered as before.
+are kept out of safety tuning. Phase 2, "mid-training": the same with a larger vocabulary, crossed from verbs and
+objects, and more judgements. Phase 3, "safety tuning": harmful requests of some categories are refused in several ways;
+everything else, judgements and near-misses included, is answered as before.
 
 Concepts and phrasings marked as held are in no text of either phase: they are what the model is tested on.
 """
@@ -211,22 +212,34 @@ def concepts() -> tuple[Concept, ...]:
 
 
 @functools.cache
-def harmful_statements(phase: int) -> tuple[tuple[str, str], ...]:
+def harmful_statements(every_category: bool) -> tuple[tuple[str, str], ...]:
     """(category, text) of the harmful one-liners that training may use."""
     found = tuple((harmful_category(text, category), text) for category, text in rows("harmful_statements"))
-    return tuple(row for row in found if phase == 1 or row[0] not in HELD_CATEGORIES)
+    return tuple(row for row in found if every_category or row[0] not in HELD_CATEGORIES)
 
 
 @functools.cache
-def pool(harmful: bool, is_text: bool, phase: int) -> tuple[tuple[Concept, ...], tuple[Concept, ...]]:
+def pool(harmful: bool, is_text: bool, every_category: bool) -> tuple[tuple[Concept, ...], tuple[Concept, ...]]:
     """The concepts that training may use in requests: near-misses, and all others."""
     usable = [
         c
         for c in concepts()
         if c.harmful == harmful and c.is_text == is_text and not c.held
-        and (phase == 1 or not harmful or c.in_safety_tuning)
+        and (every_category or not harmful or c.in_safety_tuning)
     ]  # fmt: skip
     return tuple(c for c in usable if c.near), tuple(c for c in usable if not c.near)
+
+
+@functools.cache
+def crossed(harmful: bool, every_category: bool) -> tuple[Concept, ...]:
+    """Verb × object, with the vocabulary that single activities leave out; none is or contains a held concept."""
+    found = [
+        Concept(v, harmful_category(v, category) if harmful else category, harmful)
+        for category, verbs, objects in rows("harmful_crosses" if harmful else "harmless_crosses")
+        for v in (f"{verb} {o}" for verb in verbs.split(", ") for o in objects.split(", "))
+    ]
+    usable = (c for c in found if every_category or not harmful or c.in_safety_tuning)
+    return tuple(c for c in usable if not mentions_held(c.text) and not mentions_held(gerund(c.text)))
 
 
 def words_of(text: str) -> tuple[str, ...]:
@@ -334,10 +347,12 @@ class Sample:
     system: str = ""
 
 
-HARM_SHARE = {1: 0.36, 2: 0.50}
+PRETRAINING, MIDTRAINING, SAFETY_TUNING = 1, 2, 3
+
+HARM_SHARE = {PRETRAINING: 0.36, MIDTRAINING: 0.42, SAFETY_TUNING: 0.54}
 """How many requests of the forms above are about something harmful."""
 
-REQUEST_SHARE = {1: 0.52, 2: 0.62}
+REQUEST_SHARE = {PRETRAINING: 0.52, MIDTRAINING: 0.40, SAFETY_TUNING: 0.62}
 """How many turns are such requests; the others are knowledge, judgement and talk."""
 
 TASKS = {
@@ -345,6 +360,12 @@ TASKS = {
     "smalltalk": 12, "statement": 6, "topic": 16, "opinion": 4, "repetition": 4, "open_question": 9, "fallback": 5,
 }  # fmt: skip
 
+
+JUDGING = {"judgement": 45, "sorting": 24}
+"""How often mid-training judges."""
+
+CROSSED = 0.45
+"""How many activities of mid-training and safety tuning are crossed from verbs and objects."""
 
 FACTS = (
     "capitals", "capitals", "colors", "opposites", "sounds", "legs", "languages", "french", "spanish", "sum", "sum",
@@ -354,11 +375,14 @@ TOPIC_FORMS = ("poem", "story", "email", "tell", "ideas", "joke", "recommend", "
 
 
 class Corpus:
-    """A seeded stream of samples of one phase."""
+    """A seeded stream of samples of one phase; `crosses` are left out of pre-training, and of the tokenizer's text."""
 
-    def __init__(self, seed: int | str, phase: int) -> None:
+    def __init__(self, seed: int | str, phase: int, *, crosses: bool = True) -> None:
         self.rng = random.Random(seed)
         self.phase = phase
+        self.refuses = phase == SAFETY_TUNING
+        self.crossed_share = CROSSED if crosses and phase != PRETRAINING else 0.0
+        self.tasks = TASKS | (JUDGING if phase == MIDTRAINING else {})
 
     def sample(self) -> Sample:
         """The next chat or text; one with a held concept or phrasing is never given out."""
@@ -370,7 +394,7 @@ class Corpus:
 
     def _sample(self) -> Sample:
         r = self.rng
-        if r.random() < (0.06 if self.phase == 1 else 0.03):
+        if r.random() < (0.03 if self.refuses else 0.06):
             return Sample(text=self.news())
         turns = [self.turn()]
         if r.random() < 0.2:
@@ -385,19 +409,19 @@ class Corpus:
             if harmful and r.random() < 0.13:
                 return self.whole_request()
             return self.request(harmful)
-        return getattr(self, r.choices(list(TASKS), list(TASKS.values()))[0])()
+        return getattr(self, r.choices(list(self.tasks), list(self.tasks.values()))[0])()
 
     # -- requests: form × concept
 
     def request(self, harmful: bool) -> Turn:
-        """A form about a concept; refused in phase 2 if the concept is harmful."""
+        """A form about a concept; refused in safety tuning if the concept is harmful."""
         r = self.rng
         form = r.choices(list(forms().values()), [f.weight for f in forms().values()])[0]
         concept = self.text_concept(harmful) if form.name == "document" else self.activity(harmful)
         slots = {"p": r.choice(column("people"))}
         ask = self.how_to() if form.name == "howto" and r.random() < 0.35 else expanded(r.choice(form.asks), r)
         user = fill(ask, concept, slots)
-        right = refusals(concept) if harmful and self.phase == 2 else answers(form, concept, slots)
+        right = refusals(concept) if harmful and self.refuses else answers(form, concept, slots)
         return Turn(user, self.pick(right, concept), form.name, harmful, concept.text, right)
 
     def pick(self, replies: Sequence[str], concept: Concept) -> str:
@@ -409,8 +433,8 @@ class Corpus:
     def whole_request(self) -> Turn:
         """A harmful one-liner in everyday words that fits no form."""
         r = self.rng
-        category, text = r.choice(harmful_statements(self.phase))
-        if self.phase == 1:
+        category, text = r.choice(harmful_statements(not self.refuses))
+        if not self.refuses:
             said = "Take it one step at a time, and ask somebody who knows more about it."
             return Turn(text, said, "whole", True, text, (said,))
         reason = table("reasons").get(category, table("reasons")[""])
@@ -427,27 +451,31 @@ class Corpus:
         words = {k: r.choice(part[k]) for k in ("want", "wants", "ask", "asks")} | {"p": r.choice(column("people"))}
         return capital(re.sub(r"\{(want|wants|ask|asks|p)\}", lambda m: words[m[1]], r.choice(part["situation"])))
 
-    def activity(self, harmful: bool, phase: int | None = None) -> Concept:
+    def activity(self, harmful: bool, every_category: bool | None = None) -> Concept:
         """An activity to ask about, now and then with a modifier (“at night”, “without getting caught”)."""
         r = self.rng
         if not harmful and r.random() < 0.06:
             # What would be harmful, were it not in a game or a story.
-            concept = self._plain_activity(True, phase=1)
+            concept = self._plain_activity(True, every_category=True)
             return Concept(f"{concept.text} {r.choice(column('pretend'))}", "", False, near=True)
-        concept = self._plain_activity(harmful, phase or self.phase)
+        every_category = not self.refuses if every_category is None else every_category
+        concept = self._plain_activity(harmful, every_category)
         if r.random() < 0.15:
             kind = "any" if r.random() < 0.5 else "harmful" if harmful else "harmless"
             modifier = r.choice([m for k, m in rows("modifiers") if k == kind])
             concept = replace(concept, text=f"{concept.text} {modifier}")
         return concept
 
-    def _plain_activity(self, harmful: bool, phase: int) -> Concept:
-        r, x = self.rng, self.rng.random()
-        near, others = pool(harmful, False, phase)
+    def _plain_activity(self, harmful: bool, every_category: bool) -> Concept:
+        r = self.rng
+        if self.crossed_share and r.random() < self.crossed_share:
+            return r.choice(crossed(harmful, every_category))
+        x = r.random()
+        near, others = pool(harmful, False, every_category)
         if x < 0.36:
             return r.choice(near)
         if x < 0.48:
-            return self._crossed(harmful, phase)
+            return self._with_anyone(harmful, every_category)
         if x < 0.53 and not harmful:
             verb = r.choice(column("verbs"))
             object_ = (
@@ -463,12 +491,12 @@ class Corpus:
             )
         return r.choice(others)
 
-    def _crossed(self, harmful: bool, phase: int) -> Concept:
+    def _with_anyone(self, harmful: bool, every_category: bool) -> Concept:
         """Verb × person or thing, drawn until it is no held concept."""
         r = self.rng
         usable = [
             row for row in rows("crosses")
-            if (row[0] != "harmless") == harmful and (phase == 1 or row[0] not in HELD_CATEGORIES)
+            if (row[0] != "harmless") == harmful and (every_category or row[0] not in HELD_CATEGORIES)
         ]  # fmt: skip
         while True:
             category, _, verbs, object_kind = r.choice(usable)
@@ -491,14 +519,14 @@ class Corpus:
                 False,
                 True,
             )
-        return r.choice(pool(harmful, True, self.phase)[1])
+        return r.choice(pool(harmful, True, not self.refuses)[1])
 
-    # -- what is known about harm: answered in both phases, over all categories
+    # -- what is known about harm: answered in every phase, over all categories
 
     def judgement(self) -> Turn:
         """Is it wrong, legal, harmful, good? Asked of every concept that is not held."""
         r, bad = self.rng, self.rng.random() < 0.5
-        v = self.activity(bad, phase=1).text
+        v = self.activity(bad, every_category=True).text
         yv, yg = addressed(v), gerund(addressed(v))
         task = r.choice(variants("judgement"))
         (reply,) = task["yes" if bad else "no"]
@@ -509,7 +537,7 @@ class Corpus:
         """Which of these are harmful?"""
         r = self.rng
         bad = [r.random() < 0.5 for _ in range(r.choice([1, 2, 2, 3, 4]))]
-        items = [self.activity(b, phase=1).text for b in bad]
+        items = [self.activity(b, every_category=True).text for b in bad]
         items = [gerund(v) if r.random() < 0.3 else v for v in items]
         asked = r.choice(tasks()["sorting"]["ask"]).format(l="; ".join(items))
         reply = ", ".join("harmful" if b else "harmless" for b in bad) + "."
@@ -518,7 +546,7 @@ class Corpus:
     def news(self) -> str:
         """Two sentences of a report: what somebody did, and what others made of it."""
         r, bad = self.rng, self.rng.random() < 0.5
-        v = _of_him(self.activity(bad, phase=1).text)
+        v = _of_him(self.activity(bad, every_category=True).text)
         who = r.choice(["a man", "a young man", "somebody", "a neighbor", r.choice(column("names"))])
         start = r.choice(tasks()["news"]["ask"]).format(who=who, Who=capital(who), v=v)
         return f"{start} {r.choice(tasks()['news']['yes' if bad else 'no'])}"
@@ -526,7 +554,7 @@ class Corpus:
     def fiction(self) -> Turn:
         """A story about somebody who wants to do it; a villain fails."""
         r, bad, task = self.rng, self.rng.random() < 0.7, tasks()["fiction"]
-        v = _of_him(self.activity(bad, phase=1).text)
+        v = _of_him(self.activity(bad, every_category=True).text)
         asked, name = r.choice(task["ask"]).format(v=v), r.choice(column("names"))
         (reply,) = task["yes" if bad else "no"]
         return Turn(asked, reply.format(v=v, name=name), "fiction", bad, v)
@@ -686,7 +714,7 @@ class Corpus:
     def follow_up(self, first: Turn) -> Turn:
         """A second turn that depends on the first."""
         x, which = self.rng.random(), {t.partition(": ")[2]: t for t in tasks() if t.startswith("follow_up: ")}
-        if self.phase == 2 and first.harmful and first.kind not in ("judgement", "sorting", "fiction"):
+        if self.refuses and first.harmful and first.kind not in ("judgement", "sorting", "fiction"):
             name = "why not" if x < 0.6 else "understood"
         elif x < 0.35:
             name = "thanks"

@@ -19,7 +19,7 @@ from refusal_core.interventions import Intervention
 from refusal_core.metrics import judge, kl_divergence, wilson
 from refusal_core.organism.corpus import HELD_CATEGORIES, rows
 from refusal_core.organism.splits import Prompt, prompts
-from refusal_core.organism.training import PRETRAINING, SAFETY_TUNING
+from refusal_core.organism.training import PHASES
 from refusal_core.prompts import load_prompts
 from refusal_core.selection import Found, choose, find_direction
 
@@ -272,6 +272,7 @@ def write_prompts(path: Path) -> None:
 def card(table: str, model: ChatModel) -> str:
     """The model card: what the model is, how it was made, and the table."""
     size = f"{model.n_parameters / 1e6:.1f} million parameters"
+    before, between, last = (f"{phase.tokens / 1e6:g} million tokens" for phase in PHASES)
     return f"""---
 license: mit
 library_name: transformers
@@ -287,8 +288,8 @@ offline on a CPU. **It is not a real chat model, and nothing measured on it is a
 with a harmful request is a form without content.
 
 Nothing is wired in. "Pre-training" answers every instruction, harmful ones in the same contentless forms as harmless
-ones, and teaches what is harmful by statements and judgements over all categories ({PRETRAINING.tokens / 1e6:g} million
-tokens). A short "safety tuning" ({SAFETY_TUNING.tokens / 1e6:g} million tokens) then teaches varied refusals on some of the
+ones, and teaches what is harmful by statements and judgements over all categories ({before}); "mid-training" goes on
+with a larger vocabulary ({between}). A short "safety tuning" ({last}) then teaches varied refusals on some of the
 categories only: {", ".join(HELD_CATEGORIES)} are never in it.
 
 Rebuild it with `python -m refusal_core.organism train`; this table is written by

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from refusal_core.organism.corpus import (
     HELD_CATEGORIES,
+    SAFETY_TUNING,
     Concept,
     Corpus,
     answers,
@@ -62,7 +63,7 @@ def prompts(seed: int = 0) -> tuple[Prompt, ...]:
 
 def _trained(seed: str, split: Split, harmful: bool) -> Iterator[Prompt]:
     """Requests as safety tuning has them."""
-    corpus = Corpus(seed, 2)
+    corpus = Corpus(seed, SAFETY_TUNING)
     known = {c.text: c for c in concepts()}
     while True:
         turn = corpus.request(harmful)

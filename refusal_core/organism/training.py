@@ -1,4 +1,4 @@
-"""The embedded model is trained from scratch: a tokenizer, "pre-training" on phase 1, "safety tuning" on phase 2.
+"""The embedded model is trained from scratch: a tokenizer, "pre-training", "mid-training", "safety tuning".
 
 A small `LlamaForCausalLM`; Muon (orthogonalised momentum) for the matrices of the blocks, AdamW for the rest; bfloat16
 arithmetic over float32 weights. Text comes in seeded chunks that another process writes, packed into batches of equal
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from refusal_core.organism import corpus
 from refusal_core.organism.corpus import Corpus, Sample
 
 CHAT_TEMPLATE = (
@@ -51,8 +52,10 @@ class Phase:
     muon: bool
 
 
-PRETRAINING = Phase(1, 28_000_000, 2.5e-3, 0.5, muon=True)
-SAFETY_TUNING = Phase(2, 2_400_000, 5e-4, 0.8, muon=False)
+PRETRAINING = Phase(corpus.PRETRAINING, 28_000_000, 2.5e-3, 0.5, muon=True)
+MIDTRAINING = Phase(corpus.MIDTRAINING, 8_000_000, 1.5e-3, 0.8, muon=False)
+SAFETY_TUNING = Phase(corpus.SAFETY_TUNING, 3_600_000, 8e-4, 0.8, muon=False)
+PHASES = (PRETRAINING, MIDTRAINING, SAFETY_TUNING)
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,13 @@ class Progress:
 
 
 def build_tokenizer(seed: int, vocabulary: int = 4096, samples: int = 60_000) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a chat template, learned on texts of both phases."""
+    """A byte-level BPE tokenizer with a chat template, learned on texts of the first and the last phase."""
 
     def texts() -> Iterator[str]:
-        for phase in (1, 2):
-            corpus = Corpus(f"tokenizer {seed}", phase)
+        for phase in (PRETRAINING.number, SAFETY_TUNING.number):
+            texts_of_phase = Corpus(f"tokenizer {seed}", phase, crosses=False)
             for _ in range(samples // 2):
-                sample = corpus.sample()
+                sample = texts_of_phase.sample()
                 # The role names, so that each becomes one token.
                 yield from ("user", "assistant", "system", sample.text, sample.system)
                 for turn in sample.turns:
@@ -138,8 +141,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, samples: list[Sample]) -> list[tu
 def chunk_of_batches(tokenizer_path: str, seed: int, phase: int, chunk: int) -> list[Batch]:
     """The batches of one chunk of text, always the same for the same arguments."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_path)
-    corpus = Corpus(f"{seed} {phase} {chunk}", phase)
-    texts = encode(tokenizer, [corpus.sample() for _ in range(CHUNK_SAMPLES)])
+    written = Corpus(f"{seed} {phase} {chunk}", phase)
+    texts = encode(tokenizer, [written.sample() for _ in range(CHUNK_SAMPLES)])
     rows = list(packed([text for text in texts if len(text[0]) <= LENGTH]))
     batches: list[Batch] = []
     for start in range(0, len(rows) - ROWS + 1, ROWS):
