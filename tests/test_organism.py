@@ -10,7 +10,7 @@ from conftest import Plain
 from refusal_core.chat_model import ORGANISM, ChatModel
 from refusal_core.directions import Direction, random_like
 from refusal_core.interventions import Intervention
-from refusal_core.metrics import kl_divergence
+from refusal_core.metrics import kl_divergence, refusal_score
 from refusal_core.organism.corpus import (
     HELD_CATEGORIES,
     MIDTRAINING,
@@ -171,10 +171,13 @@ def test_one_direction_carries_refusal_and_a_random_one_does_not(model: ChatMode
     assert sum(r.refused for r in replies(model, harmless, Intervention(control, "add"), max_new_tokens=20)) <= 10
 
 
-def test_ablation_costs_little_on_harmless_prompts(model: ChatModel, direction: Direction):
-    texts = drawn(False, 60)
-    kl = kl_divergence(model.logits(texts), model.logits(texts, [Intervention(direction, "ablate")] * len(texts)))
-    assert kl.mean() <= 0.12
+def test_ablation_costs_little_on_prompts_the_model_treats_as_harmless(model: ChatModel, found: Found):
+    texts = drawn(False, 120)
+    base = model.logits(texts)
+    kl = kl_divergence(base, model.logits(texts, [Intervention(found.direction, "ablate")] * len(texts)))
+    answered = refusal_score(base, found.refusal_tokens) < 0
+    assert answered.sum() >= 108
+    assert kl[answered].mean() <= 0.1
 
 
 def test_the_rule_passes_without_relaxation(found: Found):
