@@ -63,7 +63,7 @@ def _ablate(
 ) -> Float[Tensor, "... d_model"]:
     # In float32 whatever the stream's dtype: bf16 would leave a visible rest of the direction behind.
     wide = x.float()
-    return (wide - scale * (wide * r).sum(-1, keepdim=True) * r).to(x.dtype)
+    return torch.addcmul(wide, (wide * r).sum(-1, keepdim=True), -scale * r).to(x.dtype)
 
 
 def _add(x: Float[Tensor, "... d_model"], r: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:

@@ -34,7 +34,7 @@ from refusal_core.prompts import PromptError, PromptSet, load_prompts
 KL_LIMIT = 0.1
 LAYER_SHARE = 0.8
 N_TRAIN, N_VAL = 128, 32
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 
 Rule = Literal["nan", "zero", "layer", "kl", "induce"]
 
@@ -296,8 +296,8 @@ class _Scorer:
         val: PromptSet,
     ) -> None:
         self._model, self._raw, self._source, self._tokens = model, raw, source, tokens
-        self._harmful = list(model.batches(val.harmful, BATCH_TOKENS // 8))
-        self._harmless = list(model.batches(val.harmless, BATCH_TOKENS // 8))
+        self._harmful = list(model.batches(val.harmful, BATCH_TOKENS // 4))
+        self._harmless = list(model.batches(val.harmless, BATCH_TOKENS // 4))
         self._base: dict[Batch, Tensor] = {}
         self._table = {
             (pos, layer): CandidateScore(pos, layer, None, None, None, raw[pos, layer].norm().item())

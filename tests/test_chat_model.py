@@ -169,7 +169,7 @@ BROKEN = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
     "config of nothing": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
     "unknown architecture": (lambda folder: edit_json(folder / "config.json", model_type="unheard_of"), "config.json"),
-    "a layer too many": (lambda folder: edit_json(folder / "config.json", num_hidden_layers=9), "incomplete"),
+    "a layer too many": (lambda folder: edit_json(folder / "config.json", num_hidden_layers=20), "incomplete"),
     "other widths": (lambda folder: edit_json(folder / "config.json", intermediate_size=500), "weights of"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
 }

@@ -13,11 +13,14 @@ from refusal_core.organism.corpus import (
     SAFETY_TUNING,
     Concept,
     Corpus,
+    addressed,
     answers,
     column,
     concepts,
+    crossed,
     fill,
     forms,
+    gerund,
     sections,
 )  # fmt: skip
 from refusal_core.prompts import Split
@@ -53,12 +56,20 @@ def prompts(seed: int = 0) -> tuple[Prompt, ...]:
     for split, size in SIZES.items():
         for harmful in (True, False):
             take(size, _trained(f"{seed} {split}", split, harmful))
-    held = [c for c in concepts() if c.held]
+    held = tested_concepts()
     take(TEST_SEEN, _held(seed, [c for c in held if c.harmful and c.category not in HELD_CATEGORIES]))
     take(TEST_UNSEEN, _held(seed, [c for c in held if c.harmful and c.category in HELD_CATEGORIES]))
     take(TEST_NEAR, _held(seed, [c for c in held if not c.harmful and c.near]))
     take(TEST_OTHER, _held(seed, [c for c in held if not c.harmful and not c.near]))
     return tuple(found.values())
+
+
+def tested_concepts() -> list[Concept]:
+    """The held concepts, without those that a crossed one begins like: “rob a tourist” and “rob a tourist's tent”."""
+    near = [c.text for harmful in (True, False) for c in crossed(harmful, every_category=True) if "'" in c.text]
+    likenesses = {text for c in near for text in (c, gerund(c), addressed(c), gerund(addressed(c)))}
+    said = "\n".join(f"{text.replace(chr(39), ' ')} " for text in likenesses)
+    return [c for c in concepts() if c.held and f"{c.text} " not in said and f"{gerund(c.text)} " not in said]
 
 
 def _trained(seed: str, split: Split, harmful: bool) -> Iterator[Prompt]:
