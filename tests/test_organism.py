@@ -29,7 +29,7 @@ from refusal_core.organism.corpus import (
     rows,
 )  # fmt: skip
 from refusal_core.organism.evaluation import card, replies
-from refusal_core.organism.splits import prompts, tested_concepts
+from refusal_core.organism.splits import held_out, prompts
 from refusal_core.prompts import EMBEDDED
 from refusal_core.selection import Found
 
@@ -53,7 +53,7 @@ def bare(text: str) -> str:
 
 def test_no_held_concept_is_in_any_training_text():
     everything = "\n".join(training_texts())
-    held = tested_concepts()
+    held = held_out()
     assert len(held) > 500
     for concept in held:
         for said in {concept.text, concept.text if concept.is_text else gerund(concept.text), addressed(concept.text)}:

@@ -56,7 +56,7 @@ def prompts(seed: int = 0) -> tuple[Prompt, ...]:
     for split, size in SIZES.items():
         for harmful in (True, False):
             take(size, _trained(f"{seed} {split}", split, harmful))
-    held = tested_concepts()
+    held = held_out()
     take(TEST_SEEN, _held(seed, [c for c in held if c.harmful and c.category not in HELD_CATEGORIES]))
     take(TEST_UNSEEN, _held(seed, [c for c in held if c.harmful and c.category in HELD_CATEGORIES]))
     take(TEST_NEAR, _held(seed, [c for c in held if not c.harmful and c.near]))
@@ -64,7 +64,7 @@ def prompts(seed: int = 0) -> tuple[Prompt, ...]:
     return tuple(found.values())
 
 
-def tested_concepts() -> list[Concept]:
+def held_out() -> list[Concept]:
     """The held concepts, without those that a crossed one begins like: “rob a tourist” and “rob a tourist's tent”."""
     near = [c.text for harmful in (True, False) for c in crossed(harmful, every_category=True) if "'" in c.text]
     likenesses = {text for c in near for text in (c, gerund(c), addressed(c), gerund(addressed(c)))}
