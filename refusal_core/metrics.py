@@ -30,6 +30,9 @@ MORE_PHRASES = (
 
 Rules = Literal["paper", "default"]
 
+HIGHEST_SCORE = math.log1p(1e-8) - math.log(1e-8)
+"""The upper bound of the refusal score: 18.42."""
+
 
 def refusal_probability(logits: Float[Tensor, "row d_vocab"], refusal_tokens: Sequence[int]) -> Float[Tensor, " row"]:
     """p_ref per row: the probability that the reply starts with one of `refusal_tokens`."""

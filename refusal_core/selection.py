@@ -10,15 +10,16 @@ Discarded are candidates with a NaN, from the last fifth of the layers (l ≥ in
 induce < 0. Of the rest the lowest bypass is chosen; ties go to the earliest position, then the earliest layer.
 
 The same choice is made with a fraction of the work: pruned layers are never scored; additions restart from the
-cached `resid_pre` of their layer; bypass is measured only where induce ≥ 0; kl lazily, in ascending order of
-bypass, until two candidates pass (the chosen one and the runner-up). What was not measured stays None.
+cached `resid_pre` of their layer, and stop where the rest of the prompts could not lift induce to 0 even at the
+score's upper bound; bypass is measured only where induce ≥ 0; kl lazily, in ascending order of bypass, until two
+candidates pass (the chosen one and the runner-up). What was not measured stays None.
 """
 
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -28,13 +29,18 @@ from refusal_core.activations import template_positions
 from refusal_core.chat_model import Batch, ChatModel
 from refusal_core.directions import ZERO_NORM, Direction, Source, difference_in_means
 from refusal_core.interventions import Intervention, Kind
-from refusal_core.metrics import kl_divergence, refusal_score
+from refusal_core.metrics import HIGHEST_SCORE, kl_divergence, refusal_score
 from refusal_core.prompts import PromptError, PromptSet, load_prompts
 
 KL_LIMIT = 0.1
 LAYER_SHARE = 0.8
 N_TRAIN, N_VAL = 128, 32
 BATCH_TOKENS = 2048
+PARTS = 12
+"""A forward step has about `BATCH_TOKENS` tokens: a few prompts of about the same length, once per candidate.
+
+The fewer prompts, the less padding, and the sooner a part of them decides.
+"""
 
 Rule = Literal["nan", "zero", "layer", "kl", "induce"]
 
@@ -44,6 +50,7 @@ class CandidateScore:
     """A row of the table: the candidate at template position `pos` and layer `layer` (`resid_pre`), and its scores.
 
     `bypass` and `induce` are refusal scores (log-odds), `kl` is in nats; None is "not measured". `norm` is ‖r‖.
+    `decided` is the rule that a part of the validation prompts was enough for, whatever the score is over all.
     """
 
     pos: int
@@ -52,6 +59,7 @@ class CandidateScore:
     induce: float | None
     kl: float | None
     norm: float | None = None
+    decided: Rule | None = None
 
 
 @dataclass(frozen=True)
@@ -82,13 +90,13 @@ _RULES: dict[Rule, Callable[[CandidateScore, int], bool]] = {
     "zero": lambda s, n_layers: s.norm is not None and not s.norm >= ZERO_NORM,
     "layer": lambda s, n_layers: s.layer >= int(LAYER_SHARE * n_layers),
     "kl": lambda s, n_layers: s.kl is not None and s.kl > KL_LIMIT,
-    "induce": lambda s, n_layers: s.induce is not None and s.induce < 0,
+    "induce": lambda s, n_layers: s.decided == "induce" or (s.induce is not None and s.induce < 0),
 }
 
 
 def choose(scores: Sequence[CandidateScore], n_layers: int) -> Choice:
     """Applies the rule to the candidates as far as they are measured; a full table gives the published choice."""
-    broken = {s: _broken_rules(s, n_layers) for s in scores}
+    broken = {s: broken_rules(s, n_layers) for s in scores}
     rejected: dict[CandidateScore, Rule] = {s: rules[0] for s, rules in broken.items() if rules}
     passing = [s for s in scores if s not in rejected and _is_measured(s)]
     if passing:
@@ -102,7 +110,8 @@ def choose(scores: Sequence[CandidateScore], n_layers: int) -> Choice:
     return Choice(nearest, rejected, None, broken[nearest][0])
 
 
-def _broken_rules(score: CandidateScore, n_layers: int) -> list[Rule]:
+def broken_rules(score: CandidateScore, n_layers: int) -> list[Rule]:
+    """Every rule that a candidate breaks, as far as it is measured."""
     return [rule for rule, breaks in _RULES.items() if breaks(score, n_layers)]
 
 
@@ -180,7 +189,8 @@ def find_direction(
 
     Draws 128 + 128 of `prompts` and 32 + 32 of `validation` (by default the `val` split of the same source).
     `refusal_tokens` default to the first tokens most raised on harmful against harmless prompts. With `complete`
-    every cell of the table is measured, for a map without holes. Setting `stop` ends the iteration early. Raises PromptError if a class empties because the model does not treat it as expected.
+    every cell of the table is measured, for a map without holes. Setting `stop` ends the iteration early.
+    Raises PromptError if a class empties because the model does not treat it as expected.
     """
     train = prompts.draw(N_TRAIN, seed)
     val = (validation or load_prompts("val", prompts.source or "embedded")).draw(N_VAL, seed)
@@ -296,8 +306,8 @@ class _Scorer:
         val: PromptSet,
     ) -> None:
         self._model, self._raw, self._source, self._tokens = model, raw, source, tokens
-        self._harmful = list(model.batches(val.harmful, BATCH_TOKENS // 4))
-        self._harmless = list(model.batches(val.harmless, BATCH_TOKENS // 4))
+        self._harmful = list(model.batches(val.harmful, BATCH_TOKENS // PARTS))
+        self._harmless = list(model.batches(val.harmless, BATCH_TOKENS // PARTS))
         self._base: dict[Batch, Tensor] = {}
         self._table = {
             (pos, layer): CandidateScore(pos, layer, None, None, None, raw[pos, layer].norm().item())
@@ -318,13 +328,14 @@ class _Scorer:
     def score(self, complete: bool) -> Iterator[Progress]:
         """Measures as little as the rule needs; every cell if `complete`, or if nothing passes the rule."""
         n_layers = self._model.n_layers
-        yield from self._measure_induce([s for s in self.scores if not _broken_rules(s, n_layers)])
+        unpruned = [s for s in self.scores if not broken_rules(s, n_layers)]
+        yield from self._measure_induce(unpruned, decide=not complete)
         if not complete:
             yield from self._measure_bypass([s for s in self.scores if s.induce is not None and s.induce >= 0])
             yield from self._measure_kl_until_two_pass()
             if choose(self.scores, n_layers).relaxed is None and any(map(_is_measured, self.scores)):
                 return
-        usable = [s for s in self.scores if "zero" not in _broken_rules(s, n_layers)]
+        usable = [s for s in self.scores if "zero" not in broken_rules(s, n_layers)]
         yield from self._measure_induce([s for s in usable if s.induce is None])
         yield from self._measure_bypass([s for s in usable if s.bypass is None])
         yield from self._measure_kl([s for s in usable if s.kl is None])
@@ -339,23 +350,32 @@ class _Scorer:
             if choose(self.scores, self._model.n_layers).runner_up is not None:
                 return
 
-    def _measure_induce(self, cells: Sequence[CandidateScore]) -> Iterator[Progress]:
-        """Additions at layer l restart from the cached `resid_pre[l]`: the blocks below are unchanged."""
-        totals, done = dict.fromkeys(cells, 0.0), 0
-        by_layer = [[c for c in cells if c.layer == layer] for layer in range(self._model.n_layers)]
+    def _measure_induce(self, cells: Sequence[CandidateScore], *, decide: bool = False) -> Iterator[Progress]:
+        """Additions at layer l restart from the cached `resid_pre[l]`: the blocks below are unchanged.
+
+        With `decide` a cell is left unmeasured as soon as its score over all prompts must be below 0.
+        """
+        totals, open_cells, done = dict.fromkeys(cells, 0.0), list(cells), 0
+        left = n = _count(self._harmless)
         for batch in self._harmless if cells else []:
             base = self._model.run(batch, read=slice(None))
             assert base.resid_pre is not None
             self._base[batch] = base.logits
-            for layer, mine in enumerate(by_layer):
-                for chunk in _chunks(mine, batch):
+            left -= len(batch.index)
+            for layer in range(self._model.n_layers):
+                for chunk in _chunks([c for c in open_cells if c.layer == layer], batch):
                     start = base.resid_pre[:, :, layer].repeat(len(chunk), 1, 1)
                     logits = self._run(batch, chunk, "add", start=(layer, start))
                     _accumulate(totals, chunk, refusal_score(logits, self._tokens))
-                    done += len(chunk) * len(batch.index)
-                    yield Progress("scoring additions", done, len(cells) * _count(self._harmless))
+                done += len(batch.index) * sum(c.layer == layer for c in cells)
+                yield Progress("scoring additions", done, len(cells) * n)
+            if decide and left:
+                open_cells = [c for c in open_cells if not totals[c] + left * HIGHEST_SCORE < 0]
         for cell, total in totals.items():
-            self._set(cell, induce=total / _count(self._harmless))
+            if cell in open_cells:
+                self._set(cell, induce=total / n, decided=None)
+            else:
+                self._set(cell, decided="induce")
 
     def _measure_bypass(self, cells: Sequence[CandidateScore]) -> Iterator[Progress]:
         totals, done = dict.fromkeys(cells, 0.0), 0
@@ -387,12 +407,12 @@ class _Scorer:
         start: tuple[int, Tensor] | None = None,
     ) -> Float[Tensor, "row d_vocab"]:
         """The prompts of `batch` once per cell, a row each with its own direction."""
-        rows = [(Intervention(self.direction(cell), kind),) for cell in cells for _ in batch.index]
+        edits = [(Intervention(self.direction(cell), kind),) for cell in cells]
+        rows = [edit for edit in edits for _ in batch.index]
         return self._model.run(batch.repeat(len(cells)), rows, start=start).logits
 
-    def _set(self, cell: CandidateScore, **scores: float) -> None:
-        current = self._table[cell.pos, cell.layer]
-        self._table[cell.pos, cell.layer] = replace(current, **scores)
+    def _set(self, cell: CandidateScore, **measured: Any) -> None:
+        self._table[cell.pos, cell.layer] = replace(self._table[cell.pos, cell.layer], **measured)
 
 
 def _chunks(cells: Sequence[CandidateScore], batch: Batch) -> Iterator[Sequence[CandidateScore]]:

@@ -75,6 +75,20 @@ def test_the_lazy_path_leaves_cells_unmeasured_and_none_that_matter(found: Found
     assert None not in (chosen.bypass, chosen.induce, chosen.kl)
 
 
+def test_what_a_part_of_the_prompts_decides_all_of_them_confirm(model: ChatModel, found: Found):
+    *_, whole = find_direction(model, load_prompts("train"), load_prompts("val"), complete=True)
+    assert isinstance(whole, Found)
+    measured = {(s.pos, s.layer): s for s in whole.scores}
+    decided = [s for s in found.scores if s.decided]
+    assert decided
+    for score in decided:
+        induce = measured[score.pos, score.layer].induce
+        assert score.induce is None and induce is not None and induce < 0
+        assert found.choice.rejected[score] == "induce"
+    assert whole.direction.source == found.direction.source
+    assert whole.choice.margin == pytest.approx(found.choice.margin, abs=1e-3)
+
+
 def made(pos: int, layer: int, bypass: float = -5.0, induce: float = 1.0, kl: float = 0.01) -> CandidateScore:
     return CandidateScore(pos, layer, bypass, induce, kl, 1.0)
 
