@@ -10,7 +10,9 @@ Each module is a room, and may import only rooms above it:
     activations     the residual stream of many prompts at the template positions
     generation      completions streamed side by side from one batch
     selection       score every candidate, lazily and exactly; apply the rule
-    geometry        PCA and separation, layer by layer
+    evaluation      rates with intervals, with and without; the first token by strength (dose–response)
+    orthogonalize   the ablation written into the weights; export, measured against the hooks
+    geometry        PCA and separation, layer by layer; where one more prompt lies
     plots           figures
     organism/       the embedded model: corpus, training, evaluation
     ui/             the page, one tab per file

@@ -110,8 +110,9 @@ class ChatModel:
         name: str,
         revision: str | None,
         fingerprint: str,
+        folder: Path,
     ) -> None:
-        self.name, self.revision, self.fingerprint = name, revision, fingerprint
+        self.name, self.revision, self.fingerprint, self.folder = name, revision, fingerprint, folder
         self.tokenizer = tokenizer
         self._model = model
         self._lock = threading.RLock()
@@ -146,7 +147,7 @@ class ChatModel:
         model = _load_weights(folder, str(name_or_path), config, dtype).eval()
         torch.nn.Module.to(model, device)
         name = "embedded model" if folder.resolve() == ORGANISM.resolve() else str(name_or_path)
-        return cls(model, tokenizer, name=name, revision=commit, fingerprint=_fingerprint(folder))
+        return cls(model, tokenizer, name=name, revision=commit, fingerprint=_fingerprint(folder), folder=folder)
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
@@ -159,6 +160,11 @@ class ChatModel:
     def dtype(self) -> torch.dtype:
         """In which precision it runs."""
         return self._model.dtype
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the unembedding is the embedding."""
+        return bool(self._model.config.get_text_config().tie_word_embeddings)
 
     @property
     def n_parameters(self) -> int:

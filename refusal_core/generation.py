@@ -36,6 +36,11 @@ class Step:
     finished: tuple[Ending | None, ...]
     logits: Float[Tensor, "row d_vocab"]
 
+    def most_likely(self, n: int) -> list[list[tuple[int, float]]]:
+        """The `n` most likely tokens of each row before sampling, with their probabilities, the likeliest first."""
+        shares, tokens = self.logits.double().softmax(-1).topk(n)
+        return [list(zip(t, s, strict=True)) for t, s in zip(tokens.tolist(), shares.tolist(), strict=True)]
+
 
 def stream_side_by_side(
     model: ChatModel,

@@ -8,6 +8,7 @@ difference. Signs are free in a PCA, so PC1 points along r̂ and every later axi
 otherwise the cloud flips from layer to layer.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score, silhouette_score
 
-from refusal_core.directions import ZERO_NORM
+from refusal_core.directions import ZERO_NORM, Direction
 from refusal_core.selection import Found
 
 N_AXES = 3
@@ -50,6 +51,42 @@ class LayerMap:
     harmful: Float[np.ndarray, "harmful axis"]
     harmless: Float[np.ndarray, "harmless axis"]
     separation: Separation | None
+    center: Float[np.ndarray, " d_model"] | None = None
+    axes: Float[np.ndarray, "axis d_model"] | None = None
+
+    def coordinates(self, x: Float[np.ndarray, "... d_model"]) -> Float[np.ndarray, "... axis"]:
+        """Where other activations of this layer and position lie; at the origin where there is nothing to see."""
+        if self.axes is None or self.center is None:
+            return np.zeros((*x.shape[:-1], N_AXES))
+        return (x - self.center) @ self.axes.T
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a prompt lies along the direction, at the layer and position it was read from.
+
+    `along` is 0 at the mean of the harmless training prompts and 1 at that of the harmful ones; `beyond_harmless` and
+    `beyond_harmful` are the shares of those prompts that lie less far toward refusing.
+    """
+
+    along: float
+    beyond_harmless: float
+    beyond_harmful: float
+
+
+def place(
+    found: Found, activations: Float[torch.Tensor, "pos layer d_model"], direction: Direction | None = None
+) -> Place:
+    """The place of a prompt along `direction` (by default the found one), from its `resid_pre` at `found.positions`."""
+    direction = direction or found.direction
+    at, layer = found.positions.index(direction.source.position), direction.source.layer
+    unit = direction.unit.double()
+    harmful, harmless, here = (
+        x[..., at, layer, :].double().cpu() @ unit for x in (found.harmful, found.harmless, activations)
+    )
+    low, high = harmless.mean(), harmful.mean()
+    beyond = [float((here > x).double().mean()) for x in (harmless, harmful)]
+    return Place(float((here - low) / (high - low)), *beyond)
 
 
 def pca_maps(found: Found, pos: int) -> tuple[LayerMap, ...]:
@@ -70,8 +107,27 @@ def pca_maps(found: Found, pos: int) -> tuple[LayerMap, ...]:
         previous = axes
         points = [(x.double().numpy() - pca.mean_) @ axes.T for x in (harmful, harmless)]
         val = [x[:, at, layer].double().numpy() @ unit for x in (found.val_harmful, found.val_harmless)]
-        maps.append(LayerMap(layer, pos, points[0], points[1], _separation(points, val, axes[0] @ unit, pca)))
+        separation = _separation(points, val, axes[0] @ unit, pca)
+        maps.append(LayerMap(layer, pos, points[0], points[1], separation, np.asarray(pca.mean_), axes))
     return tuple(maps)
+
+
+def umap_layout(
+    found: Found, pos: int, layer: int, seed: int = 0
+) -> tuple[Float[np.ndarray, "harmful axis"], Float[np.ndarray, "harmless axis"]]:
+    """The training prompts of one layer and position in two dimensions by UMAP: exploratory.
+
+    It keeps neighbours together; its distances, its axes and the gaps between its clusters mean nothing.
+    """
+    from umap import UMAP  # takes seconds to import, and most visitors never ask for it
+
+    at = found.positions.index(pos)
+    both = torch.cat([found.harmful[:, at, layer], found.harmless[:, at, layer]]).double().numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a seed costs parallelism, and that few prompts have few neighbours
+        points = np.asarray(UMAP(n_neighbors=min(15, len(both) - 1), random_state=seed).fit_transform(both), float)
+    points -= points.mean(0)
+    return points[: len(found.harmful)], points[len(found.harmful) :]
 
 
 def _align(axes: np.ndarray, unit: np.ndarray, previous: np.ndarray | None) -> np.ndarray:

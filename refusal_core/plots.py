@@ -49,6 +49,26 @@ def prompt_map(maps: Sequence[LayerMap], prompts: PromptSet, layer: int) -> go.F
     return _styled(figure).update_layout(hovermode="closest", uirevision="map")
 
 
+def umap_map(
+    harmful: Float[np.ndarray, "harmful axis"], harmless: Float[np.ndarray, "harmless axis"], prompts: PromptSet
+) -> go.Figure:
+    """The prompts of one layer as UMAP lays them out, on axes without numbers because those mean nothing."""
+    points = {"harmful": harmful, "harmless": harmless}
+    figure = go.Figure([_scatter(role, points[role], _hover(prompts, harmful=role == "harmful")) for role in ROLES])
+    reach = MARGIN * float(np.abs(np.concatenate([harmful, harmless])).max())
+    figure.update_xaxes(range=[-reach, reach], showticklabels=False, zeroline=False, title="UMAP, exploratory")
+    figure.update_yaxes(range=[-reach, reach], showticklabels=False, zeroline=False)
+    return _styled(figure).update_layout(hovermode="closest")
+
+
+def star_on_map(maps: Sequence[LayerMap], activations: Float[np.ndarray, "layer d_model"]) -> list[list[float]]:
+    """[x, y] of one more prompt on `prompt_map`, layer by layer, from its `resid_pre` at the map's position."""
+    return [
+        (m.coordinates(x)[:2] / _size(m)).round(3).tolist()
+        for m, x in zip(maps, np.asarray(activations, float), strict=True)
+    ]
+
+
 def separation_by_layer(maps: Sequence[LayerMap], chosen: int) -> go.Figure:
     """How well each layer separates the classes, and how far its first component is the mean difference."""
     seen = [m for m in maps if m.separation is not None]
@@ -76,9 +96,13 @@ def separation_by_layer(maps: Sequence[LayerMap], chosen: int) -> go.Figure:
 
 
 def _scale(layer_map: LayerMap) -> dict[str, Float[np.ndarray, "prompt axis"]]:
-    points = np.concatenate([layer_map.harmful, layer_map.harmless])
-    size = float(np.sqrt((points**2).sum(1).mean())) or 1.0
+    size = _size(layer_map)
     return {role: getattr(layer_map, role)[:, :2] / size for role in ROLES}
+
+
+def _size(layer_map: LayerMap) -> float:
+    points = np.concatenate([layer_map.harmful, layer_map.harmless])
+    return float(np.sqrt((points**2).sum(1).mean())) or 1.0
 
 
 def _coordinates(points: Float[np.ndarray, "prompt axis"]) -> dict[str, list[float]]:

@@ -1,9 +1,10 @@
 """What the map promises: the components are PCA's, the signs hold still, and the numbers are those of the points."""
 
 import numpy as np
+import pytest
 import torch
 
-from refusal_core.geometry import pca_maps
+from refusal_core.geometry import pca_maps, place, umap_layout
 from refusal_core.selection import Found
 
 
@@ -31,9 +32,41 @@ def test_layer_0_has_nothing_to_see_at_a_template_token(found: Found):
     assert pca_maps(found, before_template)[0].separation is not None
 
 
+def test_umap_keeps_the_classes_together_and_is_the_same_twice(found: Found):
+    source = found.direction.source
+    first = umap_layout(found, source.position, source.layer)
+    again = umap_layout(found, source.position, source.layer)
+    assert [len(points) for points in first] == [len(found.harmful), len(found.harmless)]
+    np.testing.assert_array_equal(np.concatenate(first), np.concatenate(again))
+    points, labels = np.concatenate(first), np.repeat([1, 0], [len(part) for part in first])
+    distances = ((points[:, None] - points[None]) ** 2).sum(-1) + np.diag(np.full(len(points), np.inf))
+    nearest = labels[distances.argmin(1)]
+    assert (nearest == labels).mean() > 0.9
+
+
 def test_auroc_is_the_share_of_pairs_in_order(found: Found):
     source = found.direction.source
     here = pca_maps(found, source.position)[source.layer]
     pairs = (here.harmful[:, 0][:, None] > here.harmless[:, 0][None]).mean()
     assert here.separation is not None
     np.testing.assert_allclose(here.separation.auroc_pc1, pairs, atol=1e-9)
+
+
+def test_a_prompt_of_the_map_lies_where_its_point_is(found: Found):
+    pos = found.direction.source.position
+    at = found.positions.index(pos)
+    for here in pca_maps(found, pos):
+        x = found.harmful[:, at, here.layer].double().numpy()
+        np.testing.assert_allclose(here.coordinates(x), here.harmful, atol=1e-9)
+
+
+def test_the_place_of_a_mean_is_0_or_1_and_its_rank_is_counted_among_the_prompts(found: Found):
+    assert place(found, found.harmless.mean(0)).along == pytest.approx(0, abs=1e-5)
+    assert place(found, found.harmful.mean(0)).along == pytest.approx(1, abs=1e-5)
+    places = [place(found, x) for x in (*found.harmful, *found.harmless)]
+    furthest, nearest = max(places, key=lambda p: p.along), min(places, key=lambda p: p.along)
+    assert furthest.beyond_harmless == 1
+    assert furthest.beyond_harmful >= 1 - 1 / len(found.harmful)
+    middle = place(found, found.harmful.median(0).values)
+    assert 0.2 < middle.beyond_harmful < 0.8 and middle.beyond_harmless == 1
+    assert (nearest.beyond_harmless, nearest.beyond_harmful) == (0, 0)

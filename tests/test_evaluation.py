@@ -1,0 +1,190 @@
+"""What an evaluation promises: replies under each setting, counted once, kept when a run is killed; and true curves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import HARMFUL, HARMLESS, Plain
+
+from refusal_core import evaluation
+from refusal_core.chat_model import ChatModel
+from refusal_core.evaluation import (
+    ADDITIONS,
+    REMOVALS,
+    DoseResponse,
+    Report,
+    dose_response,
+    evaluate,
+    name_of,
+    paper_rows,
+)
+from refusal_core.generation import stream_side_by_side
+from refusal_core.interventions import Intervention
+from refusal_core.metrics import judge, kl_divergence, refusal_probability
+from refusal_core.prompts import PromptError, PromptSet, load_prompts
+from refusal_core.selection import Found, Progress
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def few() -> PromptSet:
+    return load_prompts("test").draw(12)
+
+
+@pytest.fixture(scope="module")
+def report(model: ChatModel, found: Found, few: PromptSet) -> Report:
+    *progress, last = evaluate(model, few, paper_rows(found.direction), max_new_tokens=24)
+    assert [p.done for p in progress if isinstance(p, Progress)] == [0, 48, 96]
+    assert isinstance(last, Report)
+    return last
+
+
+def test_every_prompt_is_answered_once_under_every_setting(report: Report, few: PromptSet):
+    asked = [(c.prompt, c.harmful, c.row) for c in report.completions]
+    assert len(asked) == len(set(asked)) == 4 * 24
+    assert {prompt for prompt, harmful, _ in asked if harmful} == set(few.harmful)
+
+
+def test_each_completion_is_what_the_model_says_alone(report: Report, model: ChatModel, found: Found):
+    rows = paper_rows(found.direction)
+    for completion in report.completions[::9]:
+        *_, last = stream_side_by_side(model, [completion.prompt], [rows[completion.row]], max_new_tokens=24)
+        assert completion.text == last.texts[0]
+        assert completion.verdict == judge(completion.text).label
+
+
+def test_the_rates_count_the_completions_and_show_the_phenomenon(report: Report, model: ChatModel, found: Found, few):
+    rates = {(r.row, r.harmful): r for r in report.rates}
+    for (row, harmful), r in rates.items():
+        mine = [
+            c for c in report.completions if c.harmful == harmful and name_of(paper_rows(found.direction)[c.row]) == row
+        ]
+        assert (r.n, r.refused) == (12, sum(c.verdict == "refused" for c in mine))
+        assert r.refused + r.answered + r.unclear == r.n
+    assert rates["unchanged", True].refused >= 8 > 2 > rates["direction removed", True].refused
+    assert rates["unchanged", False].refused <= 2 < 10 <= rates["direction added 1×", False].refused
+    edits = [Intervention(found.direction, "add")] * 12
+    kl = kl_divergence(model.logits(few.harmless), model.logits(few.harmless, edits)).mean().item()
+    assert rates["direction added 1×", False].kl == pytest.approx(kl)
+    assert rates["unchanged", False].kl == 0
+
+
+def test_the_table_has_a_line_for_every_rate_and_the_json_everything(report: Report):
+    lines = report.as_markdown().splitlines()
+    assert len(lines) == 2 + 8
+    assert "direction added −1×" in report.as_markdown()
+    assert len(json.loads(report.as_json())["completions"]) == 96
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_is_missing(model, found, few, report, tmp_path):
+    stop, journal = threading.Event(), tmp_path / "journal"
+    rows = paper_rows(found.direction)
+    for event in evaluate(model, few, rows, max_new_tokens=24, resume=journal, stop=stop):
+        assert isinstance(event, Progress)
+        if event.done:
+            stop.set()
+    assert len(journal.read_text().splitlines()) == 48
+    journal.write_text(journal.read_text()[:-9])  # as if the last line had been cut off
+    first, *_, last = evaluate(model, few, rows, max_new_tokens=24, resume=journal)
+    assert isinstance(first, Progress) and first.done == 47
+    assert isinstance(last, Report) and last.rates == report.rates
+    first, again = evaluate(model, few, rows, max_new_tokens=24, resume=journal)
+    assert isinstance(first, Progress) and first.done == first.total
+    assert again.completions == last.completions
+
+
+def test_a_journal_never_gives_the_reply_of_another_setting(model, found, few, tmp_path):
+    journal, r = tmp_path / "journal", found.direction
+    list(evaluate(model, few, [Intervention(r, "add", 0.5)], max_new_tokens=8, resume=journal))
+    for rows, tokens in (([Intervention(r, "add", 0.6)], 8), ([Intervention(r, "add", 0.5)], 9), ([None], 8)):
+        first = next(evaluate(model, few, rows, max_new_tokens=tokens, resume=journal))
+        assert isinstance(first, Progress) and first.done == 0
+    other = tmp_path / "notes.txt"
+    for text in ("Dear diary\n", "no line break", '{"text": 1, "harmful": 2, "category": 3, "split": 4}\n', "null\n"):
+        other.write_text(text)
+        with pytest.raises(PromptError, match="not the journal"):
+            next(evaluate(model, few, [None], resume=other))
+        assert other.read_text() == text, "somebody else's file is left alone"
+
+
+def test_a_killed_process_leaves_a_journal_that_another_one_goes_on_from(tmp_path):
+    journal, out = tmp_path / "journal", tmp_path / "report.json"
+    command = [
+        sys.executable,
+        "-m",
+        "refusal_core",
+        "evaluate",
+        "--n",
+        "24",
+        "--resume",
+        str(journal),
+        "--json",
+        str(out),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.stat().st_size):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = journal.read_bytes()
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert journal.read_bytes().startswith(kept[: kept.rindex(b"\n") + 1])
+    assert len(json.loads(out.read_text())["completions"]) == 4 * 48
+    assert "| harmful | direction removed | 24 |" in again.stdout
+
+
+@pytest.mark.parametrize("kind", ["ablate", "add"])
+def test_each_point_is_what_plain_transformers_say_at_that_strength(model: ChatModel, plain: Plain, found: Found, kind):
+    r = found.direction
+    curve = dose_response(model, HARMLESS, r, kind, found.refusal_tokens)
+    assert curve.scales == (REMOVALS if kind == "ablate" else ADDITIONS)
+    for scale, p in zip(curve.scales, curve.refusal, strict=True):
+        edit = {"ablate": r.unit} if kind == "ablate" else {"add": (r.source.layer, r.norm * r.unit)}
+        logits = plain.logits([HARMLESS], **edit, scale=scale)
+        assert p == pytest.approx(refusal_probability(logits, found.refusal_tokens).item(), abs=1e-4)
+
+
+def test_strengths_zero_and_one_are_the_baseline_and_the_papers_setting(model: ChatModel, found: Found):
+    r = found.direction
+    rows = [None, Intervention(r, "ablate"), Intervention(r, "add")]
+    base, removed, added = refusal_probability(model.logits([HARMFUL] * 3, rows), found.refusal_tokens).tolist()
+    removal, addition = (dose_response(model, HARMFUL, r, kind, found.refusal_tokens) for kind in ("ablate", "add"))
+    assert removal.refusal[REMOVALS.index(0)] == pytest.approx(base, abs=1e-6)
+    assert removal.refusal[REMOVALS.index(1)] == pytest.approx(removed, abs=1e-6)
+    assert addition.refusal[ADDITIONS.index(0)] == pytest.approx(base, abs=1e-6)
+    assert addition.refusal[ADDITIONS.index(1)] == pytest.approx(added, abs=1e-6)
+
+
+def test_removal_lets_a_harmful_prompt_through_and_addition_stops_a_harmless_one(model: ChatModel, found: Found):
+    removal = dose_response(model, HARMFUL, found.direction, "ablate", found.refusal_tokens)
+    addition = dose_response(model, HARMLESS, found.direction, "add", found.refusal_tokens)
+    assert removal.flips_at is not None and 0 < removal.flips_at < 1
+    assert addition.flips_at is not None and 0 < addition.flips_at < 1
+
+
+def test_a_curve_that_does_not_fit_into_one_batch_is_the_same(model: ChatModel, found: Found, monkeypatch):
+    whole = dose_response(model, HARMLESS, found.direction, "add", found.refusal_tokens)
+    monkeypatch.setattr(evaluation, "MAX_TOKENS", 60)
+    parts = dose_response(model, HARMLESS, found.direction, "add", found.refusal_tokens)
+    torch.testing.assert_close(torch.tensor(parts.refusal), torch.tensor(whole.refusal), atol=1e-5, rtol=0)
+
+
+def test_the_flip_is_the_crossing_nearest_to_zero():
+    assert DoseResponse("add", (0.0, 1.0), (0.0, 1.0)).flips_at == 0.5
+    assert DoseResponse("add", (-1.0, 0.0, 2.0), (0.9, 0.1, 0.6)).flips_at == pytest.approx(-0.5)
+    assert DoseResponse("add", (-1.0, 0.0, 2.0), (0.1, 0.2, 0.3)).flips_at is None
+
+
+def test_an_empty_prompt_has_no_curve(model: ChatModel, found: Found):
+    with pytest.raises(PromptError, match="empty"):
+        dose_response(model, " ", found.direction, "add", found.refusal_tokens)
