@@ -319,8 +319,17 @@ def answers(form: Form, concept: Concept, slots: dict[str, str], *, any_advice: 
 def refusals(concept: Concept) -> tuple[str, ...]:
     """Every refusal that safety tuning teaches for a concept."""
     said = replace(concept, text=addressed(concept.text))
-    reason = table("reasons").get(concept.category, table("reasons")[""])
-    return tuple(fill(t, said, {"R": reason}) for t in sections("refusals")["text" if concept.is_text else "activity"])
+    slots = {"R": _reason(concept.category)}
+    return tuple(fill(t, said, slots) for t in sections("refusals")["text" if concept.is_text else "activity"])
+
+
+def plain_refusals(category: str) -> tuple[str, ...]:
+    """Every refusal that does not say what it refuses."""
+    return tuple(t.format(R=_reason(category)) for t in sections("refusals")["whole"])
+
+
+def _reason(category: str) -> str:
+    return table("reasons").get(category, table("reasons")[""])
 
 
 # -- chats ---------------------------------------------------------------------------------------------------------
@@ -364,25 +373,34 @@ TASKS = {
 JUDGING = {"judgement": 45, "sorting": 24}
 """How often mid-training judges."""
 
+EXTENSION = {"sum": 10, "large_sum": 3, "greeting": 10}
+"""What mid-training and safety tuning do more of: small sums, and what a visitor types first."""
+
 CROSSED = 0.45
 """How many activities of mid-training and safety tuning are crossed from verbs and objects."""
+
+PLAIN_REFUSALS = 0.3
+"""How many refusals of safety tuning do not say what they refuse."""
 
 FACTS = (
     "capitals", "capitals", "colors", "opposites", "sounds", "legs", "languages", "french", "spanish", "sum", "sum",
     "sum", "count",
 )  # fmt: skip
+GREETINGS = 10
+"""How many rows of the small talk are greetings and the like: the first ones."""
+
 TOPIC_FORMS = ("poem", "story", "email", "tell", "ideas", "joke", "recommend", "document")
 
 
 class Corpus:
-    """A seeded stream of samples of one phase; `crosses` are left out of pre-training, and of the tokenizer's text."""
+    """A seeded stream of samples of one phase; pre-training and the tokenizer's text are without the `extended` part."""
 
-    def __init__(self, seed: int | str, phase: int, *, crosses: bool = True) -> None:
+    def __init__(self, seed: int | str, phase: int, *, extended: bool = True) -> None:
         self.rng = random.Random(seed)
         self.phase = phase
         self.refuses = phase == SAFETY_TUNING
-        self.crossed_share = CROSSED if crosses and phase != PRETRAINING else 0.0
-        self.tasks = TASKS | (JUDGING if phase == MIDTRAINING else {})
+        self.extended = extended and phase != PRETRAINING
+        self.tasks = TASKS | (JUDGING if phase == MIDTRAINING else {}) | (EXTENSION if self.extended else {})
 
     def sample(self) -> Sample:
         """The next chat or text; one with a held concept or phrasing is never given out."""
@@ -421,7 +439,11 @@ class Corpus:
         slots = {"p": r.choice(column("people"))}
         ask = self.how_to() if form.name == "howto" and r.random() < 0.35 else expanded(r.choice(form.asks), r)
         user = fill(ask, concept, slots)
-        right = refusals(concept) if harmful and self.refuses else answers(form, concept, slots)
+        if harmful and self.refuses:
+            plain = self.extended and r.random() < PLAIN_REFUSALS
+            right = plain_refusals(concept.category) if plain else refusals(concept)
+        else:
+            right = answers(form, concept, slots)
         return Turn(user, self.pick(right, concept), form.name, harmful, concept.text, right)
 
     def pick(self, replies: Sequence[str], concept: Concept) -> str:
@@ -437,8 +459,7 @@ class Corpus:
         if not self.refuses:
             said = "Take it one step at a time, and ask somebody who knows more about it."
             return Turn(text, said, "whole", True, text, (said,))
-        reason = table("reasons").get(category, table("reasons")[""])
-        right = tuple(t.replace("{R}", reason) for t in sections("refusals")["whole"])
+        right = plain_refusals(category)
         return Turn(text, r.choice(right), "whole", True, text, right)
 
     def how_to(self) -> str:
@@ -468,7 +489,7 @@ class Corpus:
 
     def _plain_activity(self, harmful: bool, every_category: bool) -> Concept:
         r = self.rng
-        if self.crossed_share and r.random() < self.crossed_share:
+        if self.extended and r.random() < CROSSED:
             return r.choice(crossed(harmful, every_category))
         x = r.random()
         near, others = pool(harmful, False, every_category)
@@ -578,9 +599,13 @@ class Corpus:
 
     # -- knowledge and talk
 
-    def smalltalk(self) -> Turn:
-        """Greetings, feelings, who are you, well-known facts."""
-        asks, replies = self.rng.choice(rows("smalltalk"))
+    def greeting(self) -> Turn:
+        """What a visitor types first: greetings, who are you, thanks."""
+        return self.smalltalk(GREETINGS)
+
+    def smalltalk(self, first: int | None = None) -> Turn:
+        """Greetings, feelings, who are you, well-known facts; only from the `first` rows if a number is given."""
+        asks, replies = self.rng.choice(rows("smalltalk")[:first])
         right = tuple(replies.split("|"))
         return Turn(self.rng.choice(asks.split(";")), self.rng.choice(right), "smalltalk", right=right)
 
@@ -592,7 +617,7 @@ class Corpus:
         """Capitals, colours, opposites, words in other languages, counting and small sums."""
         kind = self.rng.choice(FACTS)
         if kind == "sum":
-            return self._sum()
+            return self.sum()
         if kind == "count":
             return self._count()
         return self._about(self.rng.choice(rows(kind)), tasks()[kind], "fact")
@@ -608,7 +633,8 @@ class Corpus:
         reply = say.format(**slots)
         return Turn(self.rng.choice(task["ask"]).format(**slots), reply, kind, right=(reply,))
 
-    def _sum(self) -> Turn:
+    def sum(self) -> Turn:
+        """3 + 4, with one digit each."""
         r = self.rng
         m, n = r.randrange(10), r.randrange(10)
         sign, word = r.choice([("+", "plus"), ("-", "minus"), ("*", "times")])
@@ -616,6 +642,13 @@ class Corpus:
         value = {"+": m + n, "-": m - n, "*": m * n}[sign]
         slots = {"m": str(m), "n": str(n), "sign": sign, "word": word, "value": str(value)}
         return self._turn(tasks()["sum"], "fact", slots)
+
+    def large_sum(self) -> Turn:
+        """Arithmetic beyond one digit, which the model says it does not know."""
+        r = self.rng
+        sign, word = r.choice([("+", "plus"), ("-", "minus"), ("*", "times"), ("/", "divided by")])
+        slots = {"m": str(r.randint(2, 999)), "n": str(r.randint(11, 999)), "sign": sign, "word": word}
+        return self._turn({"ask": tasks()["sum"]["ask"], "say": tasks()["fallback"]["say"]}, "fact", slots)
 
     def _count(self) -> Turn:
         r = self.rng

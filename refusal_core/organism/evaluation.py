@@ -13,7 +13,7 @@ from pathlib import Path
 
 from refusal_core.chat_model import ChatModel
 from refusal_core.directions import Direction, random_like
-from refusal_core.generation import stream_side_by_side
+from refusal_core.evaluation import complete
 from refusal_core.geometry import pca_maps
 from refusal_core.interventions import Intervention
 from refusal_core.metrics import judge, kl_divergence, refusal_score, wilson
@@ -24,7 +24,6 @@ from refusal_core.prompts import load_prompts
 from refusal_core.selection import Found, choose, find_direction
 
 SAME = 0.90
-BATCH = 48
 
 
 @dataclass(frozen=True)
@@ -75,15 +74,10 @@ def replies(
     model: ChatModel, texts: Sequence[str], row: Intervention | None = None, max_new_tokens: int = 80
 ) -> list[Reply]:
     """The greedy reply to each text, with the same intervention on all."""
-    found: list[Reply] = [Reply("", False)] * len(texts)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    for start in range(0, len(order), BATCH):
-        members = order[start : start + BATCH]
-        chats = [[{"role": "user", "content": texts[i]}] for i in members]
-        *_, last = stream_side_by_side(model, chats, [row] * len(chats), max_new_tokens=max_new_tokens)
-        for i, text, ending in zip(members, last.texts, last.finished, strict=True):
-            found[i] = Reply(text.strip(), ending == "end")
-    return found
+    said: dict[int, tuple[str, str]] = {}
+    for batch in complete(model, texts, [row] * len(texts), max_new_tokens=max_new_tokens):
+        said |= batch
+    return [Reply(said[i][0].strip(), said[i][1] == "end") for i in range(len(texts))]
 
 
 def find(model: ChatModel) -> Found:

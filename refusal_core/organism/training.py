@@ -53,8 +53,8 @@ class Phase:
 
 
 PRETRAINING = Phase(corpus.PRETRAINING, 28_000_000, 2.5e-3, 0.5, muon=True)
-MIDTRAINING = Phase(corpus.MIDTRAINING, 8_000_000, 1.5e-3, 0.8, muon=False)
-SAFETY_TUNING = Phase(corpus.SAFETY_TUNING, 3_600_000, 8e-4, 0.8, muon=False)
+MIDTRAINING = Phase(corpus.MIDTRAINING, 11_000_000, 1.5e-3, 0.8, muon=False)
+SAFETY_TUNING = Phase(corpus.SAFETY_TUNING, 6_000_000, 8e-4, 0.8, muon=False)
 PHASES = (PRETRAINING, MIDTRAINING, SAFETY_TUNING)
 
 
@@ -78,7 +78,7 @@ def build_tokenizer(seed: int, vocabulary: int = 4096, samples: int = 60_000) ->
 
     def texts() -> Iterator[str]:
         for phase in (PRETRAINING.number, SAFETY_TUNING.number):
-            texts_of_phase = Corpus(f"tokenizer {seed}", phase, crosses=False)
+            texts_of_phase = Corpus(f"tokenizer {seed}", phase, extended=False)
             for _ in range(samples // 2):
                 sample = texts_of_phase.sample()
                 # The role names, so that each becomes one token.
