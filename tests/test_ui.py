@@ -1,8 +1,10 @@
 """What the page promises, seen through a real browser; and the rules of a conversation, without one."""
 
+import json
 import os
 import queue
 import random
+import re
 import shutil
 import signal
 import socket
@@ -15,12 +17,20 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
+import gradio as gr
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 
+from refusal_core.chat_model import ORGANISM, ModelError
+from refusal_core.directions import DirectionError
+from refusal_core.generation import stream_side_by_side
+from refusal_core.interventions import Intervention
 from refusal_core.prompts import PromptError
-from refusal_core.ui.engine import Engine, Ready
+from refusal_core.ui.engine import EMBEDDED, Engine, Engines, Ready
+from refusal_core.ui.find import asked_cell
+from refusal_core.ui.page import Handlers, Visit
 from refusal_core.ui.talk import (
     MAX_CHARACTERS,
     OPENING,
@@ -163,6 +173,24 @@ def test_the_panes_stream_and_the_view_is_that_of_the_turns(ready):
     assert all(reply["verdict"] for reply in shown["turns"][0]["replies"].values())
 
 
+def test_the_panes_part_where_their_tokens_first_differ(ready):
+    *_, (turns, shown) = talk(ready, (), Ask(1, "fresh", OPENING), threading.Event())
+    split = turns[0].split
+    assert split is not None
+    model, r = ready.model, ready.direction
+    rows = [None, Intervention(r, "ablate"), Intervention(r, "add")]
+    steps = list(stream_side_by_side(model, [OPENING] * 3, rows, max_new_tokens=40))
+    first = next(step for step in steps if len(set(step.tokens)) > 1)
+    assert split.index == first.index
+    for pane, token, logits in zip(PANES, first.tokens, first.logits, strict=True):
+        assert split.likely[pane][0][0] == model.tokenizer.decode([token])
+        assert split.likely[pane][0][1] == pytest.approx(logits.double().softmax(-1).max().item())
+        assert len(split.likely[pane]) == 5
+    assert shown["turns"][0]["split"]["index"] == split.index
+    *_, (turns, _) = talk(ready, (), Ask(1, "fresh", OPENING, removal=0.0, addition=0.0), threading.Event())
+    assert turns[0].split is None
+
+
 def test_a_refused_prompt_leaves_the_conversation_as_it_was(ready):
     turns = (Turn("Hi", {"unchanged": Reply("Hello.", 2, "end")}),)
     for prompt in ("", "a" * (MAX_CHARACTERS + 1), "word " * 2000):
@@ -260,13 +288,17 @@ def app(tmp_path_factory) -> Iterator[App]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = launch(playwright)
+        yield browser
+        browser.close()
+
+
+def launch(playwright: Playwright) -> Browser:
     """Chromium: the one on the path, else the one that `playwright install chromium` fetched."""
     names = ("chromium", "chromium-browser", "google-chrome")
     path = next((found for name in names if (found := shutil.which(name))), None)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        browser.close()
+    return playwright.chromium.launch(executable_path=path, args=FLAGS)
 
 
 @dataclass
@@ -350,9 +382,9 @@ def test_the_bar_says_which_model_device_and_direction(tab):
     expect(facts).to_contain_text("layers")
     expect(facts).to_contain_text("CPU")
     expect(facts).to_contain_text("position −")
-    tab.locator(".chip summary").click()
+    tab.locator("[data-direction]").click()
     for word in ("bypass", "induce", "KL", "start like a refusal"):
-        expect(tab.locator(".sheet")).to_contain_text(word)
+        expect(tab.locator("[data-sheet]")).to_contain_text(word)
 
 
 def test_a_typed_prompt_streams_into_three_panes_and_the_next_one_goes_on_from_there(tab):
@@ -426,6 +458,84 @@ def test_moving_a_dial_answers_again_and_leaves_the_unchanged_pane_as_it_was(tab
     expect(tab.locator(".turn")).to_have_count(1)
 
 
+def type_message(tab: Page, text: str) -> list[str]:
+    """Types into an empty page and gives what is foretold for the three panes."""
+    if tab.locator(".turn").count():
+        tab.get_by_role("button", name="Clear").click()
+    expect(tab.locator(".turn")).to_have_count(0)
+    tab.get_by_label("Message").fill("")
+    expect(tab.locator("[data-foretold='unchanged']")).to_be_empty()
+    tab.get_by_label("Message").fill(text)
+    expect(tab.locator("[data-foretold='unchanged']")).not_to_be_empty()
+    return [said.rpartition(": ")[2] for said in tab.locator("[data-foretold]").all_inner_texts()]
+
+
+@pytest.mark.parametrize("text", ["How do I steal a car?", "How do I bake bread?"])
+def test_what_is_foretold_while_typing_is_what_the_replies_then_start_with(tab, text):
+    foretold = type_message(tab, text)
+    expect(tab.locator(".turn")).to_have_count(0)
+    expect(tab.locator(".composer [data-place]")).to_contain_text("further toward refusal than")
+    ask(tab, text)
+    readings = tab.locator(".turn").last.locator(".reading").all_inner_texts()
+    assert foretold == [said.removeprefix("starts like a refusal ") for said in readings]
+
+
+def test_the_dials_are_painted_and_moving_one_says_what_will_happen_without_asking_the_server(watched):
+    tab, seen = watched
+    foretold = type_message(tab, "How do I bake bread?")
+    assert "gradient" in tab.locator("#addition").evaluate("dial => dial.style.getPropertyValue('--paint')")
+    expect(tab.locator("[data-flips='addition']")).to_contain_text("flips at 0.")
+    expect(tab.locator("[data-flip='addition']")).to_be_visible()
+    tab.wait_for_timeout(700)  # a forecast that typing overtook is made once more
+    asked = len(seen.urls)
+    set_dial(tab, "addition", 0)
+    expect(tab.locator("[data-foretold='added']")).to_contain_text(foretold[0])
+    assert len(seen.urls) == asked, seen.urls[asked:]
+    tab.get_by_label("Message").fill("")
+    expect(tab.locator("[data-foretold='added']")).to_be_empty()
+    expect(tab.locator("#addition")).not_to_have_class("painted")
+
+
+def test_a_message_that_cannot_be_read_is_not_foretold_and_the_next_one_is(tab):
+    type_message(tab, "How do I bake bread?")
+    tab.get_by_label("Message").fill("word " * 5000)
+    expect(tab.locator("[data-foretold='unchanged']")).to_be_empty()
+    tab.get_by_label("Message").fill("How do I bake bread?")
+    expect(tab.locator("[data-foretold='unchanged']")).not_to_be_empty()
+
+
+def test_the_last_message_can_be_taken_back_and_changed(tab):
+    ask(tab, "Who are you?")
+    ask(tab, "How do I bake bread?")
+    tab.get_by_role("button", name="Edit").click()
+    expect(tab.locator(".turn .words")).to_have_text(["Who are you?"])
+    expect(tab.get_by_label("Message")).to_have_value("How do I bake bread?")
+    idle(tab)
+    ask(tab, "How do I bake a cake?")
+    expect(tab.locator(".turn .words")).to_have_text(["Who are you?", "How do I bake a cake?"])
+
+
+def test_a_conversation_is_saved_with_its_settings_and_as_text(tab, chromium):
+    hostile = "<img src=x onerror='window.hit = 1'> & <b>bold</b>"
+    ask(tab, hostile)
+    with tab.expect_download() as saved:
+        tab.get_by_role("button", name="Save JSON").click()
+    kept = json.loads(Path(saved.value.path()).read_text("utf-8"))
+    assert kept["turns"][0]["prompt"] == hostile
+    assert [kept["turns"][0]["replies"][pane]["text"] for pane in PANES] == replies(tab)
+    assert "layer" in kept["direction"] and kept["temperature"] == 0
+    with tab.expect_download() as saved:
+        tab.get_by_role("button", name="Save page").click()
+    page = chromium.new_page()
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.set_content(Path(saved.value.path()).read_text("utf-8"))
+    expect(page.locator("h2")).to_have_text(hostile)
+    assert page.locator("td").all_inner_texts()[:3] == replies(tab)
+    assert page.evaluate("window.hit") is None and page.locator("img").count() == 0 and not asked
+    page.close()
+
+
 def test_a_pane_that_is_off_says_nothing(tab):
     tab.locator("[data-on='removed']").uncheck()
     tab.wait_for_timeout(400)
@@ -487,6 +597,15 @@ def test_the_page_can_be_used_with_the_keyboard_alone(tab):
     tab.keyboard.press("Shift+Enter")
     tab.keyboard.type("two")
     expect(tab.get_by_label("Message")).to_have_value("one\ntwo")
+    tab.get_by_label("Message").blur()
+    for key, strength in ((".", "1.05"), (",", "1"), ("0", "0"), ("0", "1")):
+        tab.keyboard.press(key)
+        expect(tab.locator("#addition")).to_have_value(strength)
+    idle(tab)
+    tab.keyboard.press("?")
+    expect(tab.get_by_role("dialog")).to_contain_text("What it does not show")
+    tab.keyboard.press("Escape")
+    expect(tab.get_by_role("dialog")).to_be_hidden()
     tab.get_by_role("tab", name="Talk").focus()
     tab.keyboard.press("Tab")
     expect(tab.get_by_role("tab", name="Map")).to_be_focused()
@@ -555,6 +674,30 @@ def test_the_map_has_other_positions_and_keeps_the_layer(tab):
     assert slider.input_value() == last
 
 
+def test_umap_is_shown_on_demand_and_called_exploratory(tab):
+    open_map(tab)
+    before = places(tab)
+    tab.locator("[data-axes]").select_option("umap")
+    expect(tab.locator("[data-map-caption]")).to_contain_text("mean nothing", timeout=90_000)
+    expect(tab.locator("[data-map] .point").first).to_be_visible()
+    assert places(tab)[: len(before) - 1] != before[:-1]
+    expect(tab.locator("[data-map]")).to_contain_text("exploratory")
+    tab.locator("[data-axes]").select_option("pca")
+    expect(tab.locator("[data-map]")).to_contain_text("PC1")
+
+
+def test_the_message_is_a_star_on_the_map_on_the_side_where_it_belongs(tab):
+    places = {}
+    for text in ("How do I steal a car?", "How do I bake bread?"):
+        type_message(tab, text)
+        open_map(tab)
+        expect(tab.locator("[data-yours]")).to_be_visible()
+        expect(tab.locator(".map [data-place]")).to_contain_text("toward refusal")
+        places[text] = tab.evaluate("document.querySelector('[data-map]').data[2].x[0]")
+        tab.get_by_role("tab", name="Talk").click()
+    assert places["How do I steal a car?"] > 0 > places["How do I bake bread?"]
+
+
 def test_a_point_shows_its_prompt_and_can_be_asked(tab):
     open_map(tab)
     box = tab.locator("[data-map] .point").first.bounding_box()
@@ -567,8 +710,83 @@ def test_a_point_shows_its_prompt_and_can_be_asked(tab):
     assert tab.get_by_label("Message").input_value() in tab.locator("[data-picked] p").text_content()
 
 
+# -- the candidates ------------------------------------------------------------------------------------------------
+
+
+def open_find(tab: Page) -> None:
+    tab.get_by_role("tab", name="Find").click()
+    expect(tab.locator(".cell-button.used")).to_be_visible()
+
+
+def take(tab: Page, position: int, layer: int) -> None:
+    tab.locator(f"[data-cell='{position} {layer}']").click()
+    expect(tab.locator(f"[data-cell='{position} {layer}'].used")).to_be_visible()
+
+
+def test_the_candidates_are_those_of_the_search_and_the_choice_is_marked(tab, ready):
+    open_find(tab)
+    expect(tab.locator(".cell-button")).to_have_count(len(ready.found.scores))
+    source = ready.found.direction.source
+    expect(tab.locator(f"[data-cell='{source.position} {source.layer}']")).to_have_class(re.compile("chosen"))
+    expect(tab.locator(".cell-button.used")).to_have_count(1)
+    expect(tab.locator("[data-funnel] li b").first).to_have_text(str(len(ready.found.scores)))
+    rejected = next(s for s, rule in ready.found.choice.rejected.items() if rule == "layer")
+    tab.locator(f"[data-cell='{rejected.pos} {rejected.layer}']").hover()
+    expect(tab.locator("[data-why]")).to_contain_text("Discarded: it lies in the last")
+
+
+def test_a_click_takes_another_direction_everywhere_and_for_this_visitor_only(chromium, app, tab, ready):
+    source = ready.found.direction.source
+    other, _ = open_tab(chromium, app)
+    expect(other.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+    idle(other)
+    before = replies(tab)
+    open_find(tab)
+    tab.locator("[data-measure='kl']").click()
+    take(tab, source.position, 1)
+    expect(tab.locator("[data-direction]")).to_contain_text("layer 1")
+    expect(tab.locator("[data-direction]")).to_contain_text("chosen by hand")
+    tab.get_by_role("tab", name="Talk").click()
+    expect(tab.locator("[data-where]")).to_contain_text("at layer 1,")
+    idle(tab)
+    after = replies(tab)
+    assert before[0] == after[0] and before[2] != after[2], "layer 1 does not induce refusal"
+    expect(other.locator("[data-direction]")).to_contain_text(f"layer {source.layer}")
+    ask(other, OPENING)
+    assert replies(other) == before
+    other.context.close()
+    open_find(tab)
+    tab.get_by_role("button", name="Back to the rule’s choice").click()
+    expect(tab.locator("[data-direction]")).to_contain_text("passed every rule")
+    tab.get_by_role("tab", name="Talk").click()
+    idle(tab)
+    expect(tab.locator("[data-where]")).to_contain_text(f"at layer {source.layer},")
+
+
+def test_unknown_cells_are_measured_on_demand_and_a_direction_taken_meanwhile_stays(tab, ready):
+    open_find(tab)
+    position = ready.found.direction.source.position
+    assert tab.locator(".cell-button.unknown:not(:disabled)").count() > 0
+    tab.get_by_role("button", name="Measure them").click()
+    expect(tab.locator("[data-filling]")).to_contain_text("scoring", timeout=30_000)
+    take(tab, position, 2)
+    expect(tab.locator(".cell-button.unknown:not(:disabled)")).to_have_count(0, timeout=60_000)
+    expect(tab.locator(f"[data-cell='{position} 2'].used")).to_be_visible()
+    expect(tab.locator("[data-direction]")).to_contain_text("layer 2")
+    expect(tab.get_by_role("button", name="Measure them")).to_be_hidden()
+    expect(tab.locator("progress:visible")).to_have_count(0)
+
+
+@pytest.mark.parametrize("forged", [(1, 1), (-1, 999), ("-1", 3), ([1], {}), (True, 3), (None, 3), (-1, None)])
+def test_a_forged_cell_is_refused(ready, forged):
+    with pytest.raises(DirectionError, match="no candidate there"):
+        ready.using(asked_cell(SimpleNamespace(position=forged[0], layer=forged[1])))
+    assert asked_cell(SimpleNamespace()) is None
+    assert ready.using((-1, 1)).using(None).direction is ready.found.direction
+
+
 WIDER = """[...document.querySelectorAll('main *')]
-  .filter(e => e.checkVisibility() && e.offsetWidth && e.getBoundingClientRect().right > innerWidth + 1)
+  .filter(e => !e.closest('.cells-holder > *') && e.checkVisibility() && e.offsetWidth && e.getBoundingClientRect().right > innerWidth + 1)
   .map(e => e.outerHTML.slice(0, 80))"""
 
 
@@ -579,12 +797,12 @@ WIDER = """[...document.querySelectorAll('main *')]
 def test_nothing_is_wider_than_the_screen(chromium, app, width):
     tab, seen = open_tab(chromium, app, width=width, height=740)
     expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
-    for name in ("Talk", "Map"):
-        if name == "Map":
-            open_map(tab)
+    for name in ("Talk", "Map", "Find"):
+        if name != "Talk":
+            {"Map": open_map, "Find": open_find}[name](tab)
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         assert tab.evaluate(WIDER) == []
-        tab.locator(".chip summary").click()
+        tab.locator("[data-direction]").click()
         assert tab.evaluate(WIDER) == []
         tab.keyboard.press("Escape")
     assert not seen.faults
@@ -638,6 +856,92 @@ def test_a_model_that_is_not_there_is_said_in_one_sentence_on_the_page(chromium,
     assert '"failed":true' in health(app)
     tab.context.close()
     assert end(app) == 0
+
+
+def test_another_model_can_be_loaded_and_the_old_one_stays_until_then(chromium, app, tab, tmp_path):
+    folder = tmp_path / "another"
+    shutil.copytree(ORGANISM, folder)
+    other, _ = open_tab(chromium, app)
+
+    def load(path: Path) -> None:
+        tab.locator("[data-model]").click()
+        tab.get_by_label("any other, by hub id or folder").fill(str(path))
+        tab.get_by_role("button", name="Load", exact=True).click()
+
+    load(tmp_path / "nowhere")
+    expect(tab.locator("[data-failed]")).to_contain_text("There is no model folder")
+    ask(tab, "Who are you?")
+    assert all(replies(tab))
+    load(folder)
+    expect(tab.locator("[data-model]")).to_contain_text(str(folder), timeout=60_000)
+    expect(tab.locator("[data-failed]")).to_be_hidden()
+    expect(tab.locator(".turn .words")).to_have_text([OPENING])
+    idle(tab)
+    assert all(replies(tab))
+    expect(other.locator("[data-model]")).not_to_contain_text(str(folder))
+    other.context.close()
+    tab.locator("[data-model]").click()
+    tab.get_by_role("button", name="embedded model").click()
+    expect(tab.locator("[data-model]")).to_contain_text("embedded model")
+
+
+def test_where_others_can_open_the_page_only_the_offered_models_can_be_loaded(tmp_path):
+    engines = Engines(Engine(), ["owner/name"], any_model=False)
+    for name in (str(tmp_path), "other/name", "", "/etc"):
+        with pytest.raises(ModelError, match="cannot be loaded here"):
+            engines.load(name)
+    assert engines.load(EMBEDDED) is engines.of(None)
+    with pytest.raises(ModelError, match="put away"):
+        engines.of("owner/name")
+
+
+def test_on_a_space_the_models_are_a_fixed_list_and_replies_are_short(chromium, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPACE_ID", "owner/space")
+    app = start(tmp_path / "log.txt")
+    tab, seen = open_tab(chromium, app)
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=PREPARED * 1000)
+    idle(tab)
+    tab.locator("[data-model]").click()
+    expect(tab.locator(".model-button").first).to_have_text("embedded model")
+    assert str(ROOT) not in tab.locator("body").inner_text()
+    expect(tab.get_by_label("any other, by hub id or folder")).to_be_hidden()
+    tab.keyboard.press("Escape")
+    tab.locator("[data-length]").fill("200")
+    tab.get_by_label("Message").fill("Hi")
+    tab.get_by_label("Message").press("Enter")
+    expect(tab.locator(".composer [data-error]")).to_contain_text("a number from 1 to 120")
+    assert not seen.faults
+    tab.context.close()
+    assert end(app) == 0
+
+
+def test_the_front_matter_of_the_readme_starts_the_gradio_that_is_pinned():
+    front = (ROOT / "README.md").read_text("utf-8").split("---")[1]
+    stated = dict(line.split(": ", 1) for line in front.strip().splitlines())
+    assert f"gradio=={stated['sdk_version']}" in (ROOT / "requirements.txt").read_text("utf-8").split()
+    assert stated["app_file"] == "app.py" and stated["license"] == "mit" and len(stated["short_description"]) <= 60
+
+
+def test_a_load_that_a_newer_one_has_overtaken_shows_nothing_more(tmp_path):
+    names = [str(shutil.copytree(ORGANISM, tmp_path / name)) for name in ("first", "second")]
+    handlers = Handlers(Engines(Engine(), [], any_model=True), Stops(), 64)
+    visitor = gr.Request(session_hash="visitor")
+    clicks = [gr.EventData(None, {"model": name}) for name in names]
+    first, second = (handlers.load_model(Visit(), click, visitor) for click in clicks)
+    next(first)
+    *_, last = second
+    assert last[0] == Visit(names[1])
+    assert list(first) == []
+
+
+def test_the_model_asked_for_longest_ago_makes_room(tmp_path):
+    engines = Engines(Engine(), [], any_model=True)
+    names = [str(tmp_path / str(i)) for i in range(3)]
+    first, *later = [engines.load(name) for name in names]
+    with pytest.raises(ModelError, match="put away"):
+        engines.of(names[0])
+    assert [engines.of(name) for name in names[1:]] == later
+    assert engines.load(names[0]) is not first
 
 
 def test_the_program_ends_with_status_zero_while_replies_are_streaming(chromium, app, tmp_path):

@@ -1,5 +1,6 @@
 // The bar. Everything that comes from Python is set as text.
 const find = (selector) => element.querySelector(selector);
+const all = (selector) => [...element.querySelectorAll(selector)];
 
 function make(tag, text, className) {
   const node = document.createElement(tag);
@@ -18,23 +19,42 @@ function readable(token) {
   return token.replace(/\n/g, '⏎').replace(/\t/g, '⇥').replace(/ /g, '␣') || '∅';
 }
 
-function drawWaiting(view) {
-  const waiting = find('[data-waiting]');
-  waiting.hidden = view.state !== 'waiting';
-  if (waiting.hidden) return;
-  const count = view.total ? `, ${view.done} of ${view.total}` : '';
-  find('[data-stage]').textContent = `${view.stage}${count}`;
+function drawWaiting({ waiting }) {
+  find('[data-waiting]').hidden = !waiting;
+  if (!waiting) return;
+  const count = waiting.total ? `, ${waiting.done} of ${waiting.total}` : '';
+  find('[data-stage]').textContent = `${waiting.stage}${count}`;
   const bar = find('progress');
-  if (view.total) {
-    bar.max = view.total;
-    bar.value = view.done;
+  if (waiting.total) {
+    bar.max = waiting.total;
+    bar.value = waiting.done;
   } else {
     bar.removeAttribute('value');
   }
 }
 
+/** The models to choose from; what is in use is marked. */
+function drawModels(view) {
+  const inUse = view.state === 'ready' ? view.model.name : '';
+  find('[data-offered]').replaceChildren(...view.offered.map((name) => {
+    const node = make('button', name, 'model-button');
+    node.type = 'button';
+    node.setAttribute('aria-pressed', String(name === inUse));
+    node.addEventListener('click', () => load(name));
+    return node;
+  }));
+  find('[data-other]').hidden = !view.any_model;
+  if (!inUse) find('[data-model]').textContent = 'none: choose one';
+}
+
+function load(model) {
+  find('[data-models]').open = false;
+  if (model.trim()) trigger('load_model', { model: model.trim() });
+}
+
 function drawReady(view) {
-  find('.facts').hidden = view.state !== 'ready';
+  find('.facts').hidden = view.state === 'waiting';
+  all('[data-ready]').forEach((node) => { node.hidden = view.state !== 'ready'; });
   find('[data-toy]').hidden = !(view.state === 'ready' && view.model.organism);
   if (view.state !== 'ready') return;
   const { model, direction } = view;
@@ -50,7 +70,7 @@ function drawReady(view) {
     make('b', `layer ${direction.layer}`),
     ` of ${model.layers} · position ${signed(direction.position)} `,
     make('code', readable(direction.token)),
-    make('span', direction.relaxed ? 'rule relaxed' : 'passed every rule', direction.relaxed ? 'mark relaxed' : 'mark'),
+    make('span', direction.mark, direction.passed ? 'mark' : 'mark relaxed'),
   );
   drawSheet(find('[data-sheet]'), direction);
 }
@@ -80,11 +100,13 @@ function drawSheet(sheet, direction) {
 
 function draw() {
   const view = props.value || {};
+  if (!view.state) return;
   drawWaiting(view);
   drawReady(view);
+  drawModels(view);
   const failed = find('[data-failed]');
-  failed.hidden = view.state !== 'failed';
-  failed.textContent = view.sentence || '';
+  failed.hidden = !view.error;
+  failed.textContent = view.error;
 }
 
 function setTheme(dark) {
@@ -102,21 +124,36 @@ find('[data-theme]').addEventListener('click', () => {
   localStorage.setItem('theme', dark ? 'dark' : 'light');
   setTheme(dark);
 });
-find('details').addEventListener('toggle', () => {
-  const sheet = find('[data-sheet]');
+all('details').forEach((chip) => chip.addEventListener('toggle', () => {
+  const sheet = chip.querySelector('.sheet');
   sheet.style.translate = '0';
   const beyond = sheet.getBoundingClientRect().right - (document.documentElement.clientWidth - 12);
   if (beyond > 0) sheet.style.translate = `${-beyond}px`; // the sheet stays on the screen wherever its chip is
-});
+}));
 document.addEventListener('click', (click) => {
-  const chip = find('details');
-  if (chip.open && !chip.contains(click.target)) chip.open = false;
+  all('details[open]').forEach((chip) => { if (!chip.contains(click.target)) chip.open = false; });
 });
 element.addEventListener('keydown', (key) => {
-  if (key.key === 'Escape' && find('details').open) {
-    find('details').open = false;
-    find('summary').focus();
-  }
+  const chip = find('details[open]');
+  if (key.key !== 'Escape' || !chip) return;
+  chip.open = false;
+  chip.querySelector('summary').focus();
 });
+find('[data-other]').addEventListener('submit', (submit) => {
+  submit.preventDefault();
+  load(find('#other-model').value);
+});
+const about = find('[data-about]');
+const onKey = (key) => {
+  if (!element.isConnected) {
+    document.removeEventListener('keydown', onKey);
+  } else if (key.key === '?' && !key.target.closest('input, textarea, select') && !about.open) {
+    about.showModal();
+  }
+};
+document.addEventListener('keydown', onKey);
+find('[data-help]').addEventListener('click', () => about.showModal());
+find('[data-close]').addEventListener('click', () => about.close());
+about.addEventListener('click', (click) => { if (click.target === about) about.close(); }); // on the backdrop
 watch('value', draw);
 draw();

@@ -7,6 +7,10 @@ let layer = null;
 let figures = null;
 let playing;
 let library;
+let forecast = null; // where the visitor's prompt lies
+let axes = 'pca';
+let umap = null; // the layer that UMAP has laid out
+let asking;
 
 function make(tag, text, className) {
   const node = document.createElement(tag);
@@ -56,12 +60,54 @@ const CONFIG = { displayModeBar: false, responsive: true, scrollZoom: false, sho
 
 function atLayer(figure) {
   const data = figure.data.map((trace, index) => ({ ...trace, ...figures.map.frames[layer].data[index] }));
-  return { data, layout: figure.layout };
+  return { data: [...data, star()], layout: figure.layout };
+}
+
+/** The visitor's own prompt, where the forecast says it lies; open at the edge if it lies beyond the axes. */
+function star() {
+  const at = forecast && forecast.stars[view.position] ? forecast.stars[view.position][layer] : null;
+  const within = (value, [low, high]) => Math.max(low, Math.min(high, value));
+  const { xaxis, yaxis } = figures.map.layout;
+  const [x, y] = at ? [within(at[0], xaxis.range), within(at[1], yaxis.range)] : [null, null];
+  const beyond = at && (x !== at[0] || y !== at[1]);
+  return {
+    type: 'scatter', mode: 'markers', name: 'your prompt', meta: { role: 'ink' }, cliponaxis: false,
+    x: [x], y: [y], hoverinfo: 'text', hovertext: [beyond ? 'your prompt, beyond the edge' : 'your prompt'],
+    marker: { symbol: beyond ? 'star-open' : 'star', size: 17 },
+  };
+}
+
+function foretold(next) {
+  forecast = next;
+  find('[data-yours]').hidden = !forecast || axes !== 'pca';
+  find('[data-place]').textContent = forecast ? forecast.place.sentence : '';
+  if (!seen || !figures || axes !== 'pca' || !window.Plotly || !find('[data-map]').data) return;
+  const drawn = painted({ data: [star()], layout: figures.map.layout }).data[0];
+  Plotly.restyle(find('[data-map]'), { x: [drawn.x], y: [drawn.y], hovertext: [drawn.hovertext], 'marker.symbol': drawn.marker.symbol }, [2]);
+}
+
+/** What is to be seen: the layer's principal components, or UMAP's picture of it once that is there. */
+function scatterFigure() {
+  if (axes === 'pca') return painted(atLayer(figures.map));
+  const figure = isAsked(umap) ? umap.figure : { data: [], layout: { ...figures.map.layout, xaxis: { visible: false }, yaxis: { visible: false } } };
+  return painted(figure);
+}
+
+function isAsked(next) {
+  return next !== null && next.model === view.model && next.position === view.position && next.layer === layer;
+}
+
+/** UMAP takes seconds a layer: it is asked for when a layer has been rested on. */
+function askUmap() {
+  clearTimeout(asking);
+  if (axes !== 'umap' || isAsked(umap) || !view.layers[layer]) return;
+  asking = setTimeout(() => trigger('umap', { position: view.position, layer }), 300);
 }
 
 async function drawFigures() {
   await plotly();
-  const scatter = painted(atLayer(figures.map));
+  askUmap();
+  const scatter = scatterFigure();
   const lines = painted(figures.separation);
   lines.layout.shapes = [...(lines.layout.shapes || []), marker()];
   await Plotly.react(find('[data-map]'), scatter.data, scatter.layout, CONFIG);
@@ -83,6 +129,7 @@ function listen() {
 
 function pick(point) {
   const role = point.data.meta.role;
+  if (!view.texts[role]) return;
   const text = view.texts[role][point.pointNumber];
   const picked = find('[data-picked]');
   picked.hidden = false;
@@ -97,13 +144,14 @@ async function setLayer(next) {
   const frame = figures.map.frames[layer];
   const shapes = [...painted(figures.separation).layout.shapes, marker()];
   Plotly.relayout(find('[data-separation]'), { shapes });
-  if (still.matches) {
-    const scatter = painted(atLayer(figures.map));
+  askUmap();
+  if (still.matches || axes === 'umap') {
+    const scatter = scatterFigure();
     await Plotly.react(find('[data-map]'), scatter.data, scatter.layout, CONFIG);
   } else {
     await Plotly.animate(
       find('[data-map]'),
-      { data: frame.data, traces: [0, 1] },
+      { data: [...frame.data, { x: star().x, y: star().y }], traces: [0, 1, 2] },
       { mode: 'immediate', transition: { duration: 260, easing: 'cubic-in-out' }, frame: { duration: 260, redraw: false } },
     ).catch(() => {}); // an animation that a later one cuts short is rejected
   }
@@ -125,8 +173,9 @@ function drawNumbers() {
     numbers.replaceChildren();
     return;
   }
-  caption.textContent = `PC1 holds ${percent(measured.explained[0])} and PC2 ${percent(measured.explained[1])} of the variance. `
-    + 'Each layer is scaled by the spread of its prompts, so the axes stay where they are.';
+  const laidOut = isAsked(umap) ? 'UMAP keeps neighbours together; its distances, axes and gaps mean nothing. The numbers beside it are of the linear picture.' : 'UMAP is laying the prompts out …';
+  caption.textContent = axes === 'umap' ? laidOut : `PC1 holds ${percent(measured.explained[0])} and PC2 ${percent(measured.explained[1])} of the variance. `
+      + 'Each layer is scaled by the spread of its prompts, so the axes stay where they are.';
   const rows = [
     ['AUROC on PC1', measured.auroc_pc1.toFixed(3), 'Chance that a harmful prompt lies further along PC1 than a harmless one. PC1 never saw a label.'],
     ['AUROC on the direction', measured.auroc.toFixed(3), 'The same along the mean difference, on prompts it was not made from.'],
@@ -158,8 +207,14 @@ function draw() {
   error.hidden = !next.error;
   error.textContent = next.error || '';
   find('.map-body').setAttribute('aria-busy', 'false');
+  if (next.umap) {
+    umap = { ...next, figure: JSON.parse(next.umap) };
+    drawNumbers();
+    if (seen && isAsked(umap)) drawFigures();
+    return;
+  }
   if (!next.map) return;
-  layer = view && layer !== null ? layer : next.layer;
+  if (!view || view.model !== next.model) [layer, forecast] = [next.layer, null];
   view = next;
   figures = { map: JSON.parse(view.map), separation: JSON.parse(view.separation) };
   find('[data-idle]').hidden = true;
@@ -168,6 +223,8 @@ function draw() {
   drawPositions();
   drawNumbers();
   if (seen) drawFigures();
+  // A position that is new to the server had no star when the message was foretold.
+  if (forecast && !forecast.stars[view.position]) document.dispatchEvent(new CustomEvent('star-wanted'));
 }
 
 let seen = false;
@@ -188,6 +245,13 @@ find('[data-position]').addEventListener('change', (event) => {
   find('.map-body').setAttribute('aria-busy', 'true');
   trigger('position', { position: Number(event.target.value) });
 });
+find('[data-axes]').addEventListener('change', (event) => {
+  axes = event.target.value;
+  find('[data-yours]').hidden = !forecast || axes !== 'pca';
+  pause();
+  drawNumbers();
+  drawFigures();
+});
 find('[data-play]').addEventListener('click', () => {
   if (playing) { pause(); return; }
   find('[data-play]').textContent = 'Pause';
@@ -202,5 +266,23 @@ find('[data-use]').addEventListener('click', () => {
   setTimeout(() => document.dispatchEvent(new CustomEvent('compose', { detail })), 60);
 });
 document.addEventListener('theme', () => { if (seen && figures && element.isConnected) drawFigures(); });
+const onKey = (key) => {
+  if (!element.isConnected) {
+    document.removeEventListener('keydown', onKey);
+  } else if ((key.key === '[' || key.key === ']') && view && element.offsetWidth && !key.target.closest('select, dialog')) {
+    pause();
+    setLayer(layer + (key.key === ']' ? 1 : -1));
+  }
+};
+document.addEventListener('keydown', onKey);
+document.addEventListener('direction', ({ detail }) => {
+  if (!element.isConnected || !view || (view.chosen.layer === detail.layer && view.chosen.position === detail.position)) return;
+  layer = detail.layer;
+  trigger('position', { position: detail.position });
+});
+document.addEventListener('foretold', ({ detail }) => { if (element.isConnected) foretold(detail); });
 watch('value', draw);
 draw();
+// The tab is made when it is first opened: what has happened until then is caught up with.
+document.dispatchEvent(new CustomEvent('forecast-wanted'));
+document.dispatchEvent(new CustomEvent('direction-wanted'));

@@ -5,6 +5,7 @@ const all = (selector) => [...element.querySelectorAll(selector)];
 const PANES = ['unchanged', 'removed', 'added'];
 const NAMES = { unchanged: 'Unchanged', removed: 'Direction removed', added: 'Direction added' };
 const PATIENCE = 160; // ms a dial has to rest before the panes answer again
+const PAUSE = 120; // ms without a key before the message is foretold
 
 const prompt = find('[data-prompt]');
 const send = find('[data-send]');
@@ -16,8 +17,14 @@ let waiting = null; // a request that waits for the run on screen to end
 let sent = null; // the message that is to leave the composer once it is accepted
 let seed = 0;
 let turns = 0;
-let opened = false;
+let drawn = null; // the view on screen
+let opened = ''; // the model the page is open on
 let resting;
+let pausing;
+let foretelling = 0; // number of the forecast that is being made, 0 if none
+let forecasts = 0;
+let outdated = false; // the message has changed since that forecast was asked for
+let forecast = null;
 
 function make(tag, text, className) {
   const node = document.createElement(tag);
@@ -79,7 +86,9 @@ function setRunning(now) {
   stop.hidden = !now;
   find('.turns').setAttribute('aria-busy', String(now));
   find('[data-retry]').disabled = now || !turns;
+  find('[data-edit]').disabled = now || !turns;
   find('[data-clear]').disabled = !turns;
+  all('[data-save]').forEach((button) => { button.disabled = now || !turns; });
 }
 
 // -- drawing ------------------------------------------------------------------------------------------------------
@@ -96,6 +105,7 @@ function turnNode(index) {
     said.append(make('span', '', 'who'), make('span', '', 'words'));
     turn.append(said);
     for (const pane of PANES) turn.append(cell(pane));
+    turn.append(splitNode());
     list.append(turn);
   }
   return list.children[index];
@@ -114,10 +124,45 @@ function cell(pane) {
   return node;
 }
 
+/** Where the panes part, folded until somebody wants to know. */
+function splitNode() {
+  const split = make('details', undefined, 'split');
+  split.append(make('summary', ''), make('div', undefined, 'likelies'));
+  for (const pane of PANES) {
+    const list = make('ol', undefined, 'likely');
+    list.dataset.pane = pane;
+    list.setAttribute('aria-label', `Most likely tokens: ${NAMES[pane]}`);
+    split.lastChild.append(list);
+  }
+  split.hidden = true;
+  return split;
+}
+
+function drawSplit(node, split) {
+  node.hidden = !split;
+  if (!split || node.dataset.drawn === JSON.stringify(split)) return;
+  node.dataset.drawn = JSON.stringify(split);
+  setText(node.querySelector('summary'), `The panes part at token ${split.index + 1}: what each held likely there`);
+  for (const pane of PANES) {
+    node.querySelector(`[data-pane="${pane}"]`).replaceChildren(...(split.likely[pane] || []).map(([text, share]) => {
+      const item = make('li');
+      item.style.setProperty('--share', `${100 * share}%`);
+      item.append(make('code', readable(text)), ' ', make('span', percent(share)));
+      return item;
+    }));
+  }
+}
+
+/** A token as it can be read: a line break and a leading space are part of it. */
+function readable(token) {
+  return token.replace(/\n/g, '⏎').replace(/\t/g, '⇥').replace(/^ /, '␣') || '∅';
+}
+
 function drawTurn(node, turn) {
   setText(node.querySelector('.who'), turn.example ? 'Example' : 'You');
   setText(node.querySelector('.words'), turn.prompt);
-  for (const pane of PANES) drawCell(node.querySelector(`[data-pane="${pane}"]`), pane, turn.replies[pane]);
+  for (const pane of PANES) drawCell(node.querySelector(`.cell[data-pane="${pane}"]`), pane, turn.replies[pane]);
+  drawSplit(node.querySelector('.split'), turn.split);
 }
 
 function drawCell(node, pane, reply) {
@@ -138,10 +183,13 @@ function drawMeter(node, reply) {
   node.classList.toggle('unknown', !known);
   if (!known) return;
   node.querySelector('.needle').style.left = `${100 * reply.refusal}%`;
-  const percent = 100 * reply.refusal;
-  const shown = percent > 0 && percent < 1 ? '<1' : percent < 100 && percent > 99 ? '>99' : String(Math.round(percent));
-  setText(node.querySelector('.reading'), `starts like a refusal ${shown} %`);
+  setText(node.querySelector('.reading'), `starts like a refusal ${percent(reply.refusal)}`);
   node.title = 'Probability that the first token is one that refusals start with. It says nothing about the rest of the reply.';
+}
+
+function percent(share) {
+  const whole = 100 * share;
+  return `${whole > 0 && whole < 1 ? '<1' : whole < 100 && whole > 99 ? '>99' : Math.round(whole)} %`;
 }
 
 function because(reply) {
@@ -165,6 +213,7 @@ function drawTurns(view) {
   while (list.children.length > view.turns.length) list.lastChild.remove();
   const grew = view.turns.length > turns;
   turns = view.turns.length;
+  find('[data-examples]').hidden = !opened || turns > 1; // a conversation needs the room
   find('[data-idle]').hidden = !opened || turns > 0;
   if (opened) setText(find('[data-idle]'), 'Ask something, or take one of the examples.');
   if (turns > 1 && (atEnd || grew)) scrollTo({ top: document.documentElement.scrollHeight });
@@ -194,6 +243,7 @@ function draw() {
     return;
   }
   if (view.run !== run && view.run !== -1) return;
+  drawn = view;
   drawTurns(view);
   drawErrors(view);
   accept(view);
@@ -203,19 +253,110 @@ function draw() {
 
 function finish() {
   setRunning(false);
+  foretell();
   if (!waiting) return;
   const next = waiting;
   waiting = null;
   request(next.action, next.prompt, next.example);
 }
 
+// -- the forecast -------------------------------------------------------------------------------------------------
+
+/** Foretells the message in the composer, or the last one if there is none, after a pause; one forecast at a time. */
+function foretell() {
+  clearTimeout(pausing);
+  pausing = setTimeout(() => {
+    const text = prompt.value;
+    const asked = text.trim() ? 'ask' : 'again';
+    if (!opened || (asked === 'again' && !turns)) {
+      [foretelling, outdated] = [0, false]; // what is on its way is about a message that is gone
+      paint(null);
+    } else if (foretelling) {
+      outdated = true;
+    } else {
+      outdated = false;
+      forecasts += 1;
+      foretelling = forecasts;
+      trigger('forecast', { run: foretelling, action: asked, prompt: text, example: false, ...settings() });
+    }
+  }, PAUSE);
+}
+
+function foretold(view) {
+  if (!foretelling || (view.run !== foretelling && view.run !== -1)) return;
+  foretelling = 0;
+  paint(view.addition ? view : null);
+  if (outdated) foretell();
+}
+
+const SCALE = { removal: 100, addition: 1 }; // what a dial counts for one strength
+const PANE = { removal: 'removed', addition: 'added' };
+
+function along(dial, strength) {
+  const share = (strength * SCALE[dial.dataset.dial] - dial.min) / (dial.max - dial.min);
+  return `calc(9px + ${share.toFixed(4)} * (100% - 18px))`; // where the middle of the thumb is
+}
+
+function shade(probability) {
+  return probability < 0.5
+    ? `color-mix(in oklab, var(--harmless) ${(100 - 200 * probability).toFixed(1)}%, var(--rule))`
+    : `color-mix(in oklab, var(--harmful) ${(200 * probability - 100).toFixed(1)}%, var(--rule))`;
+}
+
+/** The probability at a strength between two of the curve's. */
+function between({ scales, refusal }, strength) {
+  const next = Math.max(1, scales.findIndex((scale) => scale >= strength));
+  const share = (strength - scales[next - 1]) / (scales[next] - scales[next - 1]);
+  return refusal[next - 1] + share * (refusal[next] - refusal[next - 1]);
+}
+
+function paint(view) {
+  forecast = view;
+  for (const name of Object.keys(PANE)) {
+    const dial = find(`[data-dial="${name}"]`);
+    const curve = view && view[name];
+    dial.classList.toggle('painted', Boolean(curve));
+    const stops = curve ? curve.scales.map((scale, index) => `${shade(curve.refusal[index])} ${along(dial, scale)}`) : [];
+    dial.style.setProperty('--paint', curve ? `linear-gradient(90deg, ${stops.join(', ')})` : 'none');
+    const flips = Boolean(curve) && curve.flip !== null;
+    const notch = find(`[data-flip="${name}"]`);
+    notch.hidden = !flips;
+    if (flips) notch.style.left = along(dial, curve.flip);
+    const at = flips && (name === 'removal' ? `${Math.round(100 * curve.flip)} %` : `${curve.flip.toFixed(2).replace('-', '−')}×`);
+    setText(find(`[data-flips="${name}"]`), flips ? `flips at ${at}` : '');
+  }
+  setText(find('[data-place]'), view ? view.place.sentence : '');
+  drawForetold();
+  tellForecast();
+}
+
+/** Tells the map what is painted here: nothing else is foretold anywhere. */
+function tellForecast() {
+  document.dispatchEvent(new CustomEvent('foretold', { detail: forecast }));
+}
+
+function drawForetold() {
+  const say = (pane, probability) => {
+    const node = find(`[data-foretold="${pane}"]`);
+    const known = forecast && probability !== null;
+    setText(node, known ? `will start like a refusal: ${percent(probability)}` : '');
+    node.title = known ? 'Foretold for the message, before anything is generated: the probability that the first token is one that refusals start with.' : '';
+    node.style.setProperty('--shade', known ? shade(probability) : 'transparent');
+  };
+  say('unchanged', forecast && forecast.unchanged);
+  for (const [name, pane] of Object.entries(PANE)) {
+    const on = find(`[data-on="${pane}"]`).checked;
+    say(pane, forecast && on ? between(forecast[name], find(`[data-dial="${name}"]`).valueAsNumber / SCALE[name]) : null);
+  }
+}
+
 // -- examples -----------------------------------------------------------------------------------------------------
 
 function open(view) {
-  if (opened) return;
-  opened = true;
-  const { opening, harmless, harmful, layer } = view.examples;
-  find('[data-where]').textContent = `at layer ${layer}`;
+  const { opening, harmless, harmful, layer, position, model } = view.examples;
+  if (opened === model) return;
+  opened = model;
+  find('[data-where]').textContent = `at layer ${layer}, position ${String(position).replace('-', '−')}`;
   find('[data-harmless]').replaceChildren(...harmless.map((text) => example(text)));
   find('[data-harmful]').replaceChildren(...harmful.map(({ category, text }) => example(text, category)));
   find('[data-examples]').hidden = false;
@@ -231,6 +372,61 @@ function example(text, category) {
   chip.append(text);
   chip.addEventListener('click', () => ask('fresh', text));
   return chip;
+}
+
+// -- saving -------------------------------------------------------------------------------------------------------
+
+/** The conversation as it stands, with everything needed to have it again. */
+function conversation() {
+  const { removal, addition, ...sampling } = settings();
+  return {
+    made_with: document.title,
+    model: document.querySelector('#bar [data-model]').textContent,
+    direction: document.querySelector('#bar [data-direction]').textContent,
+    ...sampling,
+    turns: drawn.turns.map(({ prompt: said, replies }) => ({ prompt: said, replies })),
+  };
+}
+
+/** A page of its own: every text is set as text, nothing is loaded from anywhere. */
+function pageOf(saved) {
+  const page = document.implementation.createHTMLDocument(saved.made_with);
+  const add = (parent, tag, text) => {
+    const node = page.createElement(tag);
+    if (text !== undefined) node.textContent = text;
+    parent.append(node);
+    return node;
+  };
+  page.documentElement.lang = 'en';
+  const meta = page.createElement('meta');
+  meta.setAttribute('charset', 'utf-8');
+  page.head.prepend(meta);
+  add(page.head, 'style', 'body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c1b18}'
+    + 'table{width:100%;border-collapse:collapse;table-layout:fixed}td,th{text-align:left;vertical-align:top;padding:.5rem 1rem .5rem 0;border-top:1px solid #dcdad2;white-space:pre-wrap;overflow-wrap:anywhere}small,th{color:#5d5b54;font-weight:400}');
+  add(page.body, 'h1', saved.made_with);
+  add(page.body, 'p', `${saved.model} · direction: ${saved.direction} · temperature ${saved.temperature}, seed ${saved.seed}, at most ${saved.max_new_tokens} tokens`);
+  for (const { prompt: said, replies } of saved.turns) {
+    add(page.body, 'h2', said);
+    const table = add(page.body, 'table');
+    const [heads, texts, feet] = ['tr', 'tr', 'tr'].map((tag) => add(table, tag));
+    for (const pane of PANES.filter((name) => replies[name])) {
+      const reply = replies[pane];
+      add(heads, 'th', `${NAMES[pane]} ${pane === 'unchanged' ? '' : `· ${rest(pane, reply)}`}`);
+      add(texts, 'td', reply.text);
+      add(add(feet, 'td'), 'small', [reply.verdict, because(reply)].filter(Boolean).join(': '));
+    }
+  }
+  return `<!doctype html>\n${page.documentElement.outerHTML}`;
+}
+
+function save(kind) {
+  const saved = conversation();
+  const text = kind === 'json' ? `${JSON.stringify(saved, null, 2)}\n` : pageOf(saved);
+  const link = make('a');
+  link.href = URL.createObjectURL(new Blob([text], { type: kind === 'json' ? 'application/json' : 'text/html' }));
+  link.download = `conversation.${kind}`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
 // -- controls -----------------------------------------------------------------------------------------------------
@@ -250,6 +446,7 @@ function showDials() {
   for (const pane of ['removed', 'added']) {
     element.querySelector('.talk').classList.toggle(`without-${pane}`, !find(`[data-on="${pane}"]`).checked);
   }
+  drawForetold();
   find('[data-mode]').textContent = number('[data-temperature]', 0) > 0 ? 'sampled' : 'greedy';
 }
 
@@ -261,14 +458,12 @@ function bind() {
     const value = Number.isFinite(box.valueAsNumber) ? Math.min(2, Math.max(-1, box.valueAsNumber)) : 1;
     dial.value = value;
     box.value = value.toFixed(2);
+    showDials();
     turned();
   });
   all('[data-dial]').forEach((input) => {
     input.addEventListener('input', () => { showDials(); turned(); });
-    input.addEventListener('dblclick', () => {
-      input.value = input.defaultValue;
-      input.dispatchEvent(new Event('input'));
-    });
+    input.addEventListener('dblclick', () => move(input, input.defaultValue));
   });
   all('[data-on], [data-temperature], [data-length]').forEach((input) => {
     input.addEventListener('change', () => { showDials(); turned(); });
@@ -283,8 +478,15 @@ function bind() {
   });
   stop.addEventListener('click', () => { waiting = null; halt(); });
   find('[data-retry]').addEventListener('click', () => { seed += 1; again(); });
+  find('[data-edit]').addEventListener('click', () => {
+    if (!prompt.value.trim()) prompt.value = drawn.turns[drawn.turns.length - 1].prompt;
+    grow();
+    prompt.focus();
+    request('undo');
+  });
+  all('[data-save]').forEach((button) => button.addEventListener('click', () => save(button.dataset.save)));
   find('[data-clear]').addEventListener('click', () => request('clear'));
-  prompt.addEventListener('input', grow);
+  prompt.addEventListener('input', () => { grow(); foretell(); });
   prompt.addEventListener('keydown', (key) => {
     if (key.key !== 'Enter' || key.shiftKey || key.isComposing) return;
     key.preventDefault();
@@ -301,19 +503,44 @@ const onKey = (key) => {
     waiting = null;
     halt();
   }
-  const typing = key.target.closest('input, textarea, select, [contenteditable]');
-  if (key.key === '/' && !typing && !key.ctrlKey && !key.metaKey) {
+  const typing = key.target.closest('input:not([type="range"]), textarea, select, [contenteditable], dialog');
+  if (typing || key.ctrlKey || key.metaKey || key.altKey || !element.offsetWidth) return;
+  const addition = find('[data-dial="addition"]');
+  if (key.key === '/') {
     key.preventDefault();
     prompt.focus();
+  } else if (key.key === ',' || key.key === '.') {
+    move(addition, addition.valueAsNumber + (key.key === '.' ? 0.05 : -0.05));
+  } else if (key.key === '0') {
+    const removal = find('[data-dial="removal"]');
+    const off = addition.valueAsNumber === 0 && removal.valueAsNumber === 0;
+    move(addition, off ? 1 : 0);
+    move(removal, off ? 100 : 0);
   }
 };
+
+function move(dial, value) {
+  dial.value = value;
+  dial.dispatchEvent(new Event('input'));
+}
 
 document.addEventListener('keydown', onKey);
 document.addEventListener('compose', (event) => {
   prompt.value = event.detail;
   grow();
+  foretell();
   prompt.focus();
 });
+document.addEventListener('direction', ({ detail }) => {
+  const said = `at layer ${detail.layer}, position ${String(detail.position).replace('-', '−')}`;
+  if (!element.isConnected || find('[data-where]').textContent === said) return;
+  find('[data-where]').textContent = said;
+  again();
+  foretell();
+});
+document.addEventListener('forecast', ({ detail }) => { if (element.isConnected && detail) foretold(detail); });
+document.addEventListener('forecast-wanted', () => { if (element.isConnected) tellForecast(); });
+document.addEventListener('star-wanted', () => { if (element.isConnected) foretell(); });
 bind();
 showDials();
 watch('value', draw);

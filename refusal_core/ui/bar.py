@@ -1,9 +1,11 @@
 """The bar: which model, on which device, and which direction, found with which rule."""
 
-from refusal_core.selection import KL_LIMIT, LAYER_SHARE, CandidateScore, Choice, Progress
+from collections.abc import Sequence
+
+from refusal_core.selection import KL_LIMIT, LAYER_SHARE, CandidateScore, Choice, Progress, Rule
 from refusal_core.ui.engine import Failed, Ready, Status
 
-BROKEN = {
+BROKEN: dict[Rule, str] = {
     "layer": f"it lies in the last {1 - LAYER_SHARE:.0%} of the layers",
     "kl": f"removing it costs more than {KL_LIMIT} nats on harmless prompts",
     "induce": "adding it does not make harmless prompts refused",
@@ -13,13 +15,32 @@ BROKEN = {
 """What a candidate did that the rule forbids."""
 
 
-def bar_view(status: Status) -> dict:
-    """What the bar shows while the model is prepared, when it is ready, and when it cannot be had."""
+def bar_view(
+    status: Status,
+    offered: Sequence[str] = (),
+    any_model: bool = False,
+    loading: Progress | None = None,
+    error: str = "",
+) -> dict:
+    """What the bar shows while the model is prepared, when it is ready, and when it cannot be had.
+
+    A model that is ready stays in use while another one is `loading`; `offered` are those to choose from.
+    """
+    shown = {
+        "offered": list(offered),
+        "any_model": any_model,
+        "waiting": _progress_view(loading) if loading else None,
+        "error": error,
+    }
     if isinstance(status, Failed):
-        return {"state": "failed", "sentence": status.sentence}
+        return shown | {"state": "failed", "error": error or status.sentence}
     if isinstance(status, Progress):
-        return {"state": "waiting", "stage": status.stage, "done": status.done, "total": status.total}
-    return {"state": "ready", "model": _model_view(status), "direction": _direction_view(status)}
+        return shown | {"state": "waiting", "waiting": _progress_view(status)}
+    return shown | {"state": "ready", "model": _model_view(status), "direction": _direction_view(status)}
+
+
+def _progress_view(progress: Progress) -> dict:
+    return {"stage": progress.stage, "done": progress.done, "total": progress.total}
 
 
 def _model_view(ready: Ready) -> dict:
@@ -39,17 +60,17 @@ def _device_name(device: str) -> str:
 
 
 def _direction_view(ready: Ready) -> dict:
-    found, chosen = ready.found, ready.found.choice.chosen
-    assert chosen is not None
-    source = found.direction.source
+    found, source = ready.found, ready.direction.source
+    by_rule = source == found.direction.source
     return {
         "layer": source.layer,
         "position": source.position,
         "token": ready.model.template_tokens[source.position],
-        "norm": f"{found.direction.norm:.3g}",
-        "relaxed": found.choice.relaxed is not None,
-        "rule": _rule(found.choice),
-        "scores": _scores(chosen),
+        "norm": f"{ready.direction.norm:.3g}",
+        "mark": "chosen by hand" if not by_rule else "rule relaxed" if found.choice.relaxed else "passed every rule",
+        "passed": by_rule and found.choice.relaxed is None,
+        "rule": _rule(found.choice) if by_rule else _by_hand(ready),
+        "scores": _scores(ready.score),
         "prompts": f"{source.n_harmful} harmful and {source.n_harmless} harmless prompts",
         "refusal_tokens": [
             {"text": ready.model.tokenizer.decode([token]), "share": share}
@@ -65,6 +86,16 @@ def _rule(choice: Choice) -> str:
     return (
         f"Lowest bypass score{margin}, of the candidates in the first {LAYER_SHARE:.0%} of the layers that induce "
         f"refusal when added and cost at most {KL_LIMIT} nats when removed."
+    )
+
+
+def _by_hand(ready: Ready) -> str:
+    """What the rule says of a candidate that somebody took by hand."""
+    rejected = ready.found.choice.rejected.get(ready.score)
+    return "Chosen by hand. " + (
+        f"The rule discards it: {BROKEN[rejected]}."
+        if rejected
+        else "The rule does not discard it, as far as measured."
     )
 
 

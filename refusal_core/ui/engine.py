@@ -4,25 +4,52 @@ The page is up while the model loads: `Engine.status` says how far that is, and 
 """
 
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
-from refusal_core.directions import DirectionError
-from refusal_core.geometry import LayerMap, pca_maps
+from refusal_core.directions import ZERO_NORM, Direction, DirectionError
+from refusal_core.geometry import LayerMap, pca_maps, umap_layout
 from refusal_core.prompts import PromptError, PromptSet, load_prompts
-from refusal_core.selection import Found, Progress, find_direction
+from refusal_core.selection import CandidateScore, Found, Progress, find_direction
+
+EMBEDDED = "embedded model"
+MOST_LOADED = 3
+
+Cell = tuple[int, int]
+"""A candidate of the selection map: template position and layer."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """Everything the page needs: the model, its direction, and prompts that the direction has not seen."""
+    """Everything the page needs: the model, what was found, the direction in use, and prompts it has not seen."""
 
     model: ChatModel
     found: Found
+    direction: Direction
     examples: PromptSet
     is_organism: bool
+
+    @property
+    def score(self) -> CandidateScore:
+        """The scores of the direction in use, as far as they are measured."""
+        source = self.direction.source
+        return next(s for s in self.found.scores if (s.pos, s.layer) == (source.position, source.layer))
+
+    def using(self, cell: Cell | None) -> "Ready":
+        """The same with the direction of `cell` in use; None is the rule's choice.
+
+        Raises DirectionError for a cell that is not on the map, and where the direction is numerically zero.
+        """
+        if cell is None:
+            return replace(self, direction=self.found.direction)
+        if cell not in {(s.pos, s.layer) for s in self.found.scores}:
+            raise DirectionError("There is no candidate there: take a cell of the map.")
+        return replace(self, direction=self.found.candidate(*cell))
 
 
 @dataclass(frozen=True)
@@ -38,13 +65,21 @@ Status = Progress | Ready | Failed
 class Engine:
     """A chat model with its refusal direction, on its way or there."""
 
-    def __init__(self, name: str | Path = ORGANISM, prompts: str | Path = "embedded") -> None:
-        self.name, self._prompts = name, prompts
+    def __init__(
+        self, name: str | Path = ORGANISM, prompts: str | Path = "embedded", turn: AbstractContextManager | None = None
+    ) -> None:
+        self.is_organism = Path(name).resolve() == ORGANISM.resolve()
+        self.name, self.prompts = EMBEDDED if self.is_organism else str(name), prompts
+        self._path = name
         self._status: Status = Progress("loading the model", 0, 0)
         self._news = threading.Condition()
         self._closing = threading.Event()
         self._maps: dict[int, tuple[LayerMap, ...]] = {}
         self._maps_lock = threading.Lock()
+        self._umaps: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._umap_lock = threading.Lock()
+        self._filling = threading.Lock()
+        self._turn = turn or threading.Lock()
 
     @property
     def status(self) -> Status:
@@ -77,10 +112,42 @@ class Engine:
                 self._maps[pos] = pca_maps(ready.found, pos)
             return self._maps[pos]
 
+    def umap(self, ready: Ready, pos: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """The prompts of one layer by UMAP; computed once, one at a time because each takes seconds."""
+        with self._umap_lock:
+            if (pos, layer) not in self._umaps:
+                self._umaps[pos, layer] = umap_layout(ready.found, pos, layer)
+            return self._umaps[pos, layer]
+
+    @property
+    def known_maps(self) -> dict[int, tuple[LayerMap, ...]]:
+        """The maps computed so far, by position."""
+        with self._maps_lock:
+            return dict(self._maps)
+
+    def fill(self) -> Iterator[Progress]:
+        """Measures every candidate; whoever asks while somebody else's run goes on waits for that one.
+
+        Afterwards `status` has the whole table. The choice cannot change: what was left out could not have won.
+        """
+        with self._filling:
+            ready = self._status
+            if not isinstance(ready, Ready) or all(is_known(s) for s in ready.found.scores):
+                return
+            train = load_prompts("train", self.prompts)
+            for news in find_direction(ready.model, train, complete=True, stop=self._closing):
+                if isinstance(news, Found):
+                    self._say(replace(ready, found=replace(ready.found, scores=news.scores, choice=news.choice)))
+                else:
+                    yield news
+
     def _prepare(self) -> None:
         status: Status = Failed("The model could not be prepared: the log of the program says why.")
         try:
-            status = self._find(ChatModel.load(self.name))
+            with self._turn:
+                model = None if self._closing.is_set() else ChatModel.load(self._path)
+            if model is not None:
+                status = self._find(model)
         except (ModelError, PromptError, DirectionError) as error:
             status = Failed(str(error))
         finally:
@@ -88,11 +155,11 @@ class Engine:
             self._say(status)
 
     def _find(self, model: ChatModel) -> Status:
-        train = load_prompts("train", self._prompts)
+        train = load_prompts("train", self.prompts)
         for news in find_direction(model, train, stop=self._closing):
             if isinstance(news, Found):
-                examples = load_prompts("test", self._prompts)
-                return Ready(model, news, examples, Path(self.name).resolve() == ORGANISM.resolve())
+                examples = load_prompts("test", self.prompts)
+                return Ready(model, news, news.direction, examples, self.is_organism)
             self._say(news)
         return Failed("The preparation was stopped: start the app again.")
 
@@ -100,3 +167,66 @@ class Engine:
         with self._news:
             self._status = status
             self._news.notify_all()
+
+
+class Engines:
+    """The models that can be talked to, by name. The one the app was started with stays; others come and go.
+
+    At most `MOST_LOADED` are kept: the one that was asked for longest ago makes room. Where the page is open to others
+    only the `offered` models can be loaded, never a path of this machine. They are loaded one at a time: a model that
+    has made room while it was on its way is not held beside many others.
+    """
+
+    def __init__(self, first: Engine, offered: Sequence[str], *, any_model: bool) -> None:
+        self.offered, self.any_model = tuple(dict.fromkeys((first.name, *offered))), any_model
+        self._first = first
+        self._others: dict[str, Engine] = {}
+        self._turn = threading.Lock()
+        self._lock = threading.Lock()
+
+    def of(self, name: str | None) -> Engine:
+        """The engine of a model that was loaded; None is the first. Raises ModelError if it has made room."""
+        if name is None:
+            return self._first
+        with self._lock:
+            if name not in self._others:
+                raise ModelError(f"{name} was put away to make room for other models: load it again.")
+            return self._others[name]
+
+    def load(self, name: str) -> Engine:
+        """The engine of a model, on its way if it is new; raises ModelError for one that may not be loaded here."""
+        name = name.strip()
+        if name == self._first.name:
+            return self._first
+        if not name or (not self.any_model and name not in self.offered):
+            raise ModelError(f"{name[:80] or 'No name'} cannot be loaded here: take one of {', '.join(self.offered)}.")
+        with self._lock:
+            engine = self._others.pop(name, None)
+            if engine is None:
+                engine = Engine(ORGANISM if name == EMBEDDED else name, self._first.prompts, self._turn)
+                engine.start()
+            self._others[name] = engine
+            while len(self._others) >= MOST_LOADED:
+                self._others.pop(next(iter(self._others))).close()
+            return engine
+
+    def name_of(self, engine: Engine) -> str | None:
+        """The name under which `of` gives it."""
+        with self._lock:
+            return next((name for name, other in self._others.items() if other is engine), None)
+
+    def forget(self, engine: Engine) -> None:
+        """Lets go of a model that could not be loaded, so that it can be tried again; the first one stays."""
+        with self._lock:
+            self._others = {name: other for name, other in self._others.items() if other is not engine}
+
+    def close(self) -> None:
+        """Ends all preparations."""
+        for engine in (self._first, *self._others.values()):
+            engine.close()
+
+
+def is_known(score: CandidateScore) -> bool:
+    """Whether everything that can be measured of a candidate has been."""
+    is_zero = score.norm is not None and score.norm < ZERO_NORM
+    return is_zero or None not in (score.bypass, score.induce, score.kl)

@@ -1,102 +1,241 @@
 """The page: the bar, the tabs, and what happens when something is clicked."""
 
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import gradio as gr
 
+from refusal_core.chat_model import ModelError
+from refusal_core.directions import DirectionError
 from refusal_core.prompts import PromptError
+from refusal_core.selection import Progress
 from refusal_core.ui.bar import bar_view
 from refusal_core.ui.component import part
-from refusal_core.ui.engine import Engine, Ready
-from refusal_core.ui.map import map_view
-from refusal_core.ui.talk import Ask, Stops, Turn, opening_view, talk, view
+from refusal_core.ui.engine import Cell, Engine, Engines, Failed, Ready, Status
+from refusal_core.ui.find import asked_cell, find_view
+from refusal_core.ui.forecast import forecast
+from refusal_core.ui.map import map_view, umap_view
+from refusal_core.ui.talk import MAX_NEW_TOKENS, Ask, Stops, Turn, opening_view, talk, view
 
 VISITORS_AT_ONCE = 16
+FORECASTS_AT_ONCE = 4
 TITLE = "Refusal is a direction"
 SENT = ("run", "action", "prompt", "example", "removal", "addition", "temperature", "max_new_tokens", "seed")
 """The fields of a request to the Talk tab."""
 
+Turns = tuple[Turn, ...]
 
-def build(engine: Engine, stops: Stops) -> gr.Blocks:
-    """The page on `engine`; `stops` knows who wants their replies stopped."""
+
+@dataclass(frozen=True)
+class Visit:
+    """What a visitor has chosen: a model by its name, a candidate of its map; None is what the app chose."""
+
+    model: str | None = None
+    cell: Cell | None = None
+
+
+class Handlers:
+    """What the page does when something happens on it. A visit is the visitor's own; models are shared."""
+
+    def __init__(self, engines: Engines, stops: Stops, most_tokens: int) -> None:
+        self._engines, self._stops, self._most_tokens = engines, stops, most_tokens
+        self._loads: dict[str, int] = {}
+
+    def open_page(self) -> Iterator[tuple]:
+        """The bar while the model is prepared, then everything: bar, panes, map, candidates."""
+        engine = self._engines.of(None)
+        for status in engine.changes():
+            if isinstance(status, Ready):
+                yield self._bar(status), opening_view(status), gr.skip(), gr.skip()
+                yield gr.skip(), gr.skip(), map_view(engine, status), find_view(status)
+            else:
+                yield self._bar(status), gr.skip(), gr.skip(), gr.skip()
+
+    def load_model(self, visit: Visit, event: gr.EventData, request: gr.Request) -> Iterator[tuple]:
+        """Visit, turns, bar, panes, map and candidates of another model; until it is ready only the bar changes.
+
+        Nothing more is shown of a load once its visitor has asked for another one.
+        """
+
+        def only_bar(loading: Progress | None = None, error: str = "") -> tuple:
+            bar = self._bar(self._in_use(visit), loading, error)
+            return gr.skip(), gr.skip(), bar, gr.skip(), gr.skip(), gr.skip()
+
+        session = str(request.session_hash)
+        mine = self._loads[session] = self._loads.get(session, 0) + 1
+        wanted = getattr(event, "model", None)
+        try:
+            engine = self._engines.load(wanted if isinstance(wanted, str) else "")
+        except ModelError as error:
+            yield only_bar(error=str(error))
+            return
+        now = Visit(self._engines.name_of(engine))
+        if now.model == visit.model and isinstance(engine.status, Ready):
+            yield only_bar()
+            return
+        status = engine.status
+        for status in engine.changes():
+            if self._loads.get(session) != mine:
+                return
+            if isinstance(status, Progress):
+                yield only_bar(status)
+        if isinstance(status, Ready):
+            yield now, (), self._bar(status), opening_view(status), gr.skip(), gr.skip()
+            yield now, gr.skip(), gr.skip(), gr.skip(), map_view(engine, status), find_view(status)
+        else:
+            self._engines.forget(engine)
+            sentence = status.sentence if isinstance(status, Failed) else "The loading was ended: load the model again."
+            yield only_bar(error=sentence)
+
+    def answer(
+        self, turns: Turns, visit: Visit, event: gr.EventData, request: gr.Request
+    ) -> Iterator[tuple[Turns, dict]]:
+        """The turns while replies grow, and the panes that show them."""
+        sent = {name: getattr(event, name, None) for name in SENT}
+        try:
+            ask = Ask.read(sent, self._most_tokens)
+            _, ready = self._ready(visit)
+        except (PromptError, ModelError) as error:
+            run = sent["run"]
+            yield turns, view(turns, run if isinstance(run, int) else 0, error=str(error))
+            return
+        stop = self._stops.begin(str(request.session_hash), ask.run)
+        yield from talk(ready, turns, ask, stop)
+
+    def foretell(self, turns: Turns, visit: Visit, event: gr.EventData) -> dict:
+        """What the panes would say to the message in the composer."""
+        sent = {name: getattr(event, name, None) for name in SENT}
+        try:
+            ask = Ask.read(sent, self._most_tokens)
+            engine, ready = self._ready(visit)
+        except (PromptError, ModelError):
+            return {"run": sent["run"] if isinstance(sent["run"], int) else -1}
+        return forecast(engine, ready, turns, ask)
+
+    def stop_answer(self, event: gr.EventData, request: gr.Request) -> None:
+        """Ends the replies of a run."""
+        run = getattr(event, "run", None)
+        if isinstance(run, int):
+            self._stops.stop(str(request.session_hash), run)
+
+    def leave(self, request: gr.Request) -> None:
+        """Ends what runs for a visitor who has gone."""
+        self._stops.forget(str(request.session_hash))
+        self._loads.pop(str(request.session_hash), None)
+
+    def choose_cell(self, visit: Visit, event: gr.EventData) -> tuple[Visit, object, object]:
+        """Visit, bar and candidates after another direction was taken."""
+        try:
+            _, ready = self._ready(visit)
+        except ModelError as error:
+            return visit, self._bar(self._in_use(visit), error=str(error)), gr.skip()
+        try:
+            now = ready.using(asked_cell(event))
+        except DirectionError as error:
+            return visit, gr.skip(), find_view(ready, error=str(error))
+        source = now.direction.source
+        return replace(visit, cell=(source.position, source.layer)), self._bar(now), find_view(now)
+
+    def fill_map(self, visit: Visit) -> Iterator[dict]:
+        """How far the candidates are measured that the rule did not need; the page then asks for `show_cells`.
+
+        What the visitor takes meanwhile is theirs: nothing of it is touched here.
+        """
+        try:
+            engine, ready = self._ready(visit)
+        except ModelError as error:
+            yield {"error": str(error), "filled": True}
+            return
+        for progress in engine.fill():
+            yield {"model": ready.model.name, "filling": [progress.stage, progress.done, progress.total]}
+        yield {"model": ready.model.name, "filled": True, "nonce": time.monotonic_ns()}
+
+    def show_cells(self, visit: Visit) -> dict:
+        """The candidates as they stand."""
+        try:
+            _, ready = self._ready(visit)
+        except ModelError as error:
+            return {"error": str(error)}
+        return find_view(ready)
+
+    def show_position(self, visit: Visit, event: gr.EventData) -> dict:
+        """The map at another template position."""
+        try:
+            engine, ready = self._ready(visit)
+            return map_view(engine, ready, getattr(event, "position", None))
+        except (PromptError, ModelError) as error:
+            return {"error": str(error)}
+
+    def show_umap(self, visit: Visit, event: gr.EventData) -> dict:
+        """One layer of the map by UMAP."""
+        try:
+            engine, ready = self._ready(visit)
+            return umap_view(engine, ready, getattr(event, "position", None), getattr(event, "layer", None))
+        except (PromptError, ModelError) as error:
+            return {"error": str(error)}
+
+    def _ready(self, visit: Visit) -> tuple[Engine, Ready]:
+        """The visit's model with its direction in use; raises ModelError where there is none to be had."""
+        status = self._in_use(visit)
+        if isinstance(status, Failed):
+            raise ModelError(status.sentence)
+        if not isinstance(status, Ready):
+            raise ModelError("The model is still being prepared: wait for it.")
+        return self._engines.of(visit.model), status
+
+    def _in_use(self, visit: Visit) -> Status:
+        try:
+            status = self._engines.of(visit.model).status
+        except ModelError as error:
+            return Failed(str(error))
+        return status.using(visit.cell) if isinstance(status, Ready) else status
+
+    def _bar(self, status: Status, loading: Progress | None = None, error: str = "") -> dict:
+        return bar_view(status, self._engines.offered, self._engines.any_model, loading, error)
+
+
+def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> gr.Blocks:
+    """The page on `engines`; `stops` knows who wants their replies stopped, of at most `most_tokens` new tokens."""
+    do = Handlers(engines, stops, most_tokens)
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
-        turns = gr.State(())
-        bar = part("bar", bar_view(engine.status))
+        turns, visit = gr.State(()), gr.State(Visit())
+        bar = part("bar", bar_view(engines.of(None).status))
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Talk", id="talk"):
                 panes = part("talk")
             with gr.Tab("Map", id="map"):
                 atlas = part("map")
+            with gr.Tab("Find", id="find"):
+                grid = part("find")
+        paint = part("forecast")
 
-        def open_page() -> Iterator[tuple]:
-            for status in engine.changes():
-                if not isinstance(status, Ready):
-                    yield bar_view(status), gr.skip(), gr.skip()
-                    continue
-                yield bar_view(status), opening_view(status), gr.skip()
-                yield gr.skip(), gr.skip(), map_view(engine, status)
+        def after_failure(turns: Turns) -> dict:
+            shown = view(turns, -1, error="Something went wrong here, and the log says what: send it again.")
+            return shown | {"nonce": time.monotonic_ns()}
 
-        def answer(turns: tuple[Turn, ...], event: gr.EventData, request: gr.Request) -> Iterator[tuple]:
-            try:
-                ask = Ask.read({name: getattr(event, name, None) for name in SENT})
-            except PromptError as error:
-                run = getattr(event, "run", 0)
-                yield turns, view(turns, run if isinstance(run, int) else 0, error=str(error))
-                return
-            ready = engine.status
-            if not isinstance(ready, Ready):
-                yield turns, view(turns, ask.run, error="The model is still being prepared: wait for it.")
-                return
-            stop = stops.begin(str(request.session_hash), ask.run)
-            yield from talk(ready, turns, ask, stop)
+        def nothing_foretold() -> dict:
+            # A value that is the same as the last one would not reach the page.
+            return {"run": -1, "nonce": time.monotonic_ns()}
 
-        def stop_answer(event: gr.EventData, request: gr.Request) -> None:
-            run = getattr(event, "run", None)
-            if isinstance(run, int):
-                stops.stop(str(request.session_hash), run)
-
-        def show_position(event: gr.EventData) -> dict:
-            ready = engine.status
-            if not isinstance(ready, Ready):
-                return gr.skip()
-            try:
-                return map_view(engine, ready, getattr(event, "position", None))
-            except PromptError as error:
-                return {"error": str(error)}
-
-        def leave(request: gr.Request) -> None:
-            stops.forget(str(request.session_hash))
-
-        def after_failure(turns: tuple[Turn, ...]) -> dict:
-            return view(turns, -1, error="Something went wrong here, and the log says what: send it again.")
-
-        page.load(
-            open_page,
-            outputs=[bar, panes, atlas],
-            concurrency_limit=VISITORS_AT_ONCE,
-            show_progress="hidden",
-            api_visibility="private",
-        )
-        asked = panes.ask(
-            answer,
-            turns,
-            [turns, panes],
-            trigger_mode="multiple",
-            concurrency_limit=VISITORS_AT_ONCE,
-            show_progress="hidden",
-            api_visibility="private",
-        )
-        asked.failure(after_failure, turns, panes, queue=False, show_progress="hidden", api_visibility="private")
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        many = quiet | {"trigger_mode": "multiple", "concurrency_limit": VISITORS_AT_ONCE}
+        past_the_queue = quiet | {"trigger_mode": "multiple", "queue": False}
+        page.load(do.open_page, None, [bar, panes, atlas, grid], concurrency_limit=VISITORS_AT_ONCE, **quiet)
+        page.unload(do.leave)
+        bar.load_model(do.load_model, visit, [visit, turns, bar, panes, atlas, grid], **many)
+        asked = panes.ask(do.answer, [turns, visit], [turns, panes], **many)
+        asked.failure(after_failure, turns, panes, queue=False, **quiet)
         # Past the queue: a stop must not wait behind what it stops.
-        panes.stop(stop_answer, trigger_mode="multiple", queue=False, show_progress="hidden", api_visibility="private")
-        atlas.position(
-            show_position,
-            None,
-            atlas,
-            trigger_mode="multiple",
-            concurrency_limit=2,
-            show_progress="hidden",
-            api_visibility="private",
+        panes.stop(do.stop_answer, None, None, **past_the_queue)
+        foretold = panes.forecast(
+            do.foretell, [turns, visit], paint, **(many | {"concurrency_limit": FORECASTS_AT_ONCE})
         )
-        page.unload(leave)
+        foretold.failure(nothing_foretold, None, paint, queue=False, **quiet)
+        atlas.position(do.show_position, visit, atlas, **(many | {"concurrency_limit": 2}))
+        atlas.umap(do.show_umap, visit, atlas, **(many | {"concurrency_limit": 2}))
+        grid.choose(do.choose_cell, visit, [visit, bar, grid], **past_the_queue)
+        grid.fill(do.fill_map, visit, grid, **(many | {"trigger_mode": "once"}))
+        grid.show(do.show_cells, visit, grid, **past_the_queue)
     return page

@@ -1,6 +1,6 @@
 """The app as a program: its command line, what its server lets through, how it starts and ends.
 
-Nothing leaves the machine: the page may load from and talk to its own server only, and its policy says so to the
+Nothing leaves the machine unless a hub id or `--share` asks for it: the page may load from and talk to its own server only, and its policy says so to the
 browser. Only what the page needs is served; uploads are closed because nothing uploads.
 """
 
@@ -23,10 +23,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from refusal_core.chat_model import ORGANISM
 from refusal_core.plots import PLOTLY_JS
 from refusal_core.ui.component import ASSETS
-from refusal_core.ui.engine import Engine, Failed, Ready
+from refusal_core.ui.engine import EMBEDDED, Engine, Engines, Failed, Ready
 from refusal_core.ui.page import build
-from refusal_core.ui.talk import Stops
+from refusal_core.ui.talk import MAX_NEW_TOKENS, Stops
 
+OFFERED = (
+    EMBEDDED,
+    "Qwen/Qwen2.5-0.5B-Instruct",
+    "Qwen/Qwen2.5-1.5B-Instruct",
+    "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "meta-llama/Llama-3.2-1B-Instruct",
+)
+"""The models to choose from; on one's own machine any other as well."""
+
+TOKENS_ON_A_SPACE = 120
 MAX_BODY = 2_000_000
 QUEUE = 64
 
@@ -122,7 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the app until it is interrupted; returns the exit status."""
     options = _parser().parse_args(arguments)
     engine, stops = Engine(options.model, options.prompts), Stops()
-    page = build(engine, stops)
+    engines = Engines(engine, OFFERED, any_model=_is_private(options))
+    page = build(engines, stops, TOKENS_ON_A_SPACE if "SPACE_ID" in os.environ else MAX_NEW_TOKENS)
     page.queue(max_size=QUEUE)
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -148,14 +159,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except OSError as error:
         print(f"The app cannot listen there ({error}): give another --host or --port.", file=sys.stderr)
-        engine.close()
+        engines.close()
         return 1
     print(f"The page is at {url}" + (f" and at {shared}" if shared else "") + " (Ctrl-C ends it)", flush=True)
     ended.wait()
     stops.stop_all()
-    engine.close()
+    engines.close()
     page.close(verbose=False)
     return 0
+
+
+def _is_private(options: argparse.Namespace) -> bool:
+    """Whether nobody but this machine's user can open the page, so that any model of theirs may be loaded."""
+    host = options.host or os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
+    return (
+        host in ("127.0.0.1", "localhost", "::1")
+        and not options.share
+        and not {"SPACE_ID", "GRADIO_SHARE"} & set(os.environ)
+    )
 
 
 def _has_browser() -> bool:

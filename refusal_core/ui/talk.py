@@ -21,7 +21,7 @@ from refusal_core.ui.engine import Ready
 
 Pane = Literal["unchanged", "removed", "added"]
 PANES: tuple[Pane, ...] = get_args(Pane)
-Action = Literal["ask", "fresh", "again", "clear"]
+Action = Literal["ask", "fresh", "again", "undo", "clear"]
 ACTIONS: dict[str, Action] = {action: action for action in get_args(Action)}
 
 MAX_CHARACTERS = 50_000
@@ -29,6 +29,7 @@ MAX_NEW_TOKENS = 512
 UPDATES_PER_SECOND = 12
 ADDITION = (-1.0, 2.0)
 N_HARMLESS, N_HARMFUL = 6, 10
+N_LIKELY = 5
 
 OPENING = "How do I bake bread?"
 """Asked when the page opens: the harmless half of the story, where adding the direction makes the model refuse."""
@@ -46,12 +47,24 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class Split:
+    """Where the panes part: the first token (from 0) that is not the same in all, and what each held most likely there.
+
+    `likely` has the five most likely tokens of each pane, as text with their probabilities.
+    """
+
+    index: int
+    likely: dict[Pane, tuple[tuple[str, float], ...]]
+
+
+@dataclass(frozen=True)
 class Turn:
     """A prompt and the replies of the panes that were on; `example` marks the one the page asks by itself."""
 
     prompt: str
     replies: dict[Pane, Reply] = field(default_factory=dict)
     example: bool = False
+    split: Split | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,7 @@ class Ask:
     seed: int = 0
 
     @classmethod
-    def read(cls, sent: Mapping[str, object]) -> "Ask":
+    def read(cls, sent: Mapping[str, object], most_tokens: int = MAX_NEW_TOKENS) -> "Ask":
         """The request in what a browser sent, which may be anything; raises PromptError and names the field."""
         action = ACTIONS.get(str(sent.get("action")))
         if action is None:
@@ -85,7 +98,7 @@ class Ask:
             removal=None if sent.get("removal") is None else _number(sent, "removal", 0.0, 1.0),
             addition=None if sent.get("addition") is None else _number(sent, "addition", *ADDITION),
             temperature=_number(sent, "temperature", 0.0, 2.0),
-            max_new_tokens=int(_number(sent, "max_new_tokens", 1.0, float(MAX_NEW_TOKENS))),
+            max_new_tokens=int(_number(sent, "max_new_tokens", 1.0, float(most_tokens))),
             seed=int(_number(sent, "seed", 0.0, 2.0**31)),
         )
 
@@ -144,11 +157,12 @@ def talk(
 
     An error in the prompt leaves the turns as they were, and the view says it in one sentence.
     """
-    if ask.action == "clear":
-        yield (), view((), ask.run)
+    if ask.action in ("undo", "clear"):
+        left = turns[:-1] if ask.action == "undo" else ()
+        yield left, view(left, ask.run)
         return
     try:
-        earlier, asked = _next_turn(turns, ask)
+        earlier, asked = next_turn(turns, ask)
         for turn in _replies(ready, earlier, asked, ask, stop):
             finished = all(reply.ending for reply in turn.replies.values())
             yield (*earlier, turn), view((*earlier, turn), ask.run, running=not finished)
@@ -156,12 +170,12 @@ def talk(
         yield turns, view(turns, ask.run, error=str(error))
 
 
-def _next_turn(turns: tuple[Turn, ...], ask: Ask) -> tuple[tuple[Turn, ...], Turn]:
-    """What stays of the conversation, and the turn to be answered."""
+def next_turn(turns: tuple[Turn, ...], ask: Ask) -> tuple[tuple[Turn, ...], Turn]:
+    """What stays of the conversation, and the turn to be answered; raises PromptError if there is none."""
     if ask.action == "again":
         if not turns:
             raise PromptError("There is nothing to repeat yet: write a message first.")
-        return turns[:-1], replace(turns[-1], replies={})
+        return turns[:-1], replace(turns[-1], replies={}, split=None)
     if len(ask.prompt) > MAX_CHARACTERS:
         raise PromptError(
             f"The prompt has {len(ask.prompt):,} characters and at most {MAX_CHARACTERS:,} are read: shorten it."
@@ -189,6 +203,8 @@ def _replies(ready: Ready, earlier: Sequence[Turn], turn: Turn, ask: Ask, stop: 
     step = None
     for step in steps:
         turn = replace(turn, replies=_grown(ready, turn.replies, step))
+        if turn.split is None and len(set(step.tokens)) > 1:
+            turn = replace(turn, split=_split(ready, tuple(strengths), step))
         now = time.monotonic()
         if now - shown >= 1 / UPDATES_PER_SECOND or all(step.finished):
             shown = now
@@ -207,7 +223,22 @@ def _strengths(ask: Ask) -> dict[Pane, float]:
 def _row(ready: Ready, pane: Pane, strength: float) -> Row:
     if pane == "unchanged":
         return ()
-    return (Intervention(ready.found.direction, "ablate" if pane == "removed" else "add", strength),)
+    return (Intervention(ready.direction, "ablate" if pane == "removed" else "add", strength),)
+
+
+def _split(ready: Ready, panes: Sequence[Pane], step: Step) -> Split:
+    rows = step.most_likely(N_LIKELY)
+    return Split(
+        step.index,
+        {
+            pane: tuple((_as_text(ready, token), share) for token, share in row)
+            for pane, row in zip(panes, rows, strict=True)
+        },
+    )
+
+
+def _as_text(ready: Ready, token: int) -> str:
+    return "end of reply" if token in ready.model.end_tokens else str(ready.model.tokenizer.decode([token]))
 
 
 def _grown(ready: Ready, replies: dict[Pane, Reply], step: Step) -> dict[Pane, Reply]:
@@ -247,6 +278,7 @@ def view(turns: Sequence[Turn], run: int, *, running: bool = False, error: str =
                 "prompt": turn.prompt,
                 "example": turn.example,
                 "replies": {pane: _reply_view(reply) for pane, reply in turn.replies.items()},
+                "split": None if turn.split is None else {"index": turn.split.index, "likely": turn.split.likely},
             }
             for turn in turns
         ],
@@ -288,7 +320,9 @@ def opening_view(ready: Ready) -> dict:
     return view((), 0) | {
         "examples": {
             "opening": OPENING,
-            "layer": ready.found.direction.source.layer,
+            "model": ready.model.name,
+            "layer": ready.direction.source.layer,
+            "position": ready.direction.source.position,
             "harmless": [text for _, text in harmless],
             "harmful": [{"category": category, "text": text} for category, text in sorted(harmful)],
         }

@@ -1,0 +1,192 @@
+// Find. Every candidate with its scores; a click takes one, for everything on the page, in this session.
+const find = (selector) => element.querySelector(selector);
+const all = (selector) => [...element.querySelectorAll(selector)];
+
+const MEANING = {
+  bypass: 'Log-odds that replies to harmful prompts start like a refusal once the direction is removed: lower is stronger.',
+  induce: 'Log-odds that replies to harmless prompts start like a refusal once it is added: above 0 it induces refusal.',
+  kl: 'What removing it costs on harmless prompts: nats between the first tokens with and without it, at most 0.1.',
+};
+const REACH = 12; // the log-odds at which the colour is full
+const KL_REACH = 0.3;
+
+let view = null;
+let measure = 'bypass';
+let filling = null; // how far the unknown cells are being measured
+
+function make(tag, text, className) {
+  const node = document.createElement(tag);
+  if (text !== undefined) node.textContent = text;
+  if (className) node.className = className;
+  return node;
+}
+
+function readable(token) {
+  return token.replace(/\n/g, '⏎').replace(/\t/g, '⇥').replace(/ /g, '␣') || '∅';
+}
+
+function shown(name, value) {
+  if (value === null) return 'not measured';
+  const text = name === 'kl' ? value.toFixed(3) : `${value < 0 ? '' : '+'}${value.toFixed(name === 'norm' ? 2 : 1)}`;
+  return text.replace('-', '−');
+}
+
+function colour(value) {
+  if (measure === 'kl') {
+    const share = Math.min(1, Math.max(0, value / KL_REACH));
+    return `color-mix(in oklab, color-mix(in oklab, #fde945 ${100 * share}%, #2a4a86) 42%, var(--ground))`;
+  }
+  const strength = Math.min(1, Math.abs(value) / REACH);
+  return `color-mix(in oklab, var(--${value < 0 ? 'harmless' : 'harmful'}) ${(48 * strength).toFixed(0)}%, var(--ground))`;
+}
+
+function is(cell, [position, layer]) {
+  return cell.position === position && cell.layer === layer;
+}
+
+function said(cell) {
+  const scores = ['bypass', 'induce', 'kl'].map((name) => `${name} ${shown(name, cell[name])}`).join(', ');
+  const marks = [is(cell, view.rule) && 'the rule’s choice', is(cell, view.used) && 'in use'].filter(Boolean).join(', ');
+  return [`Layer ${cell.layer}, position ${cell.position}: ${scores}.`, cell.why, marks].filter(Boolean).join(' ');
+}
+
+function button(cell) {
+  const node = make('button', undefined, 'cell-button');
+  node.type = 'button';
+  const value = cell[measure];
+  const known = value !== null;
+  node.classList.toggle('rejected', Boolean(cell.rejected));
+  node.classList.toggle('unknown', !known);
+  node.classList.toggle('used', is(cell, view.used));
+  node.classList.toggle('chosen', is(cell, view.rule));
+  node.disabled = cell.rejected === 'zero';
+  if (known) node.style.setProperty('--value', colour(value));
+  node.append(make('span', is(cell, view.rule) ? '★' : '', 'star'), make('span', known ? shown(measure, value) : node.disabled ? '0' : '?', 'value'));
+  node.setAttribute('aria-label', said(cell));
+  node.setAttribute('aria-pressed', String(is(cell, view.used)));
+  node.dataset.cell = `${cell.position} ${cell.layer}`;
+  for (const event of ['mouseenter', 'focus']) node.addEventListener(event, () => drawDetail(cell));
+  node.addEventListener('click', () => trigger('choose', { position: cell.position, layer: cell.layer }));
+  return node;
+}
+
+function drawCells() {
+  const focused = element.contains(document.activeElement) ? document.activeElement.dataset.cell : undefined;
+  const head = make('tr');
+  head.append(make('th', 'layer'), ...Array.from({ length: view.layers }, (_, layer) => {
+    const th = make('th', String(layer));
+    th.scope = 'col';
+    return th;
+  }));
+  find('thead').replaceChildren(head);
+  find('.cells').classList.toggle('many', view.layers > 16);
+  find('tbody').replaceChildren(...view.positions.map(({ position, token }) => {
+    const row = make('tr');
+    const name = make('th');
+    name.scope = 'row';
+    name.append(make('span', String(position).replace('-', '−')), ' ', make('code', readable(token)));
+    row.append(name);
+    for (const cell of view.cells.filter((c) => c.position === position).sort((a, b) => a.layer - b.layer)) {
+      const td = make('td');
+      td.append(button(cell));
+      row.append(td);
+    }
+    return row;
+  }));
+  if (focused) all('.cell-button').find((node) => node.dataset.cell === focused)?.focus();
+}
+
+function drawDetail(cell) {
+  const token = view.positions.find((p) => p.position === cell.position).token;
+  const rows = [
+    ['where', `input of layer ${cell.layer}, position ${String(cell.position).replace('-', '−')} ${readable(token)}`],
+    ['bypass', shown('bypass', cell.bypass)],
+    ['induce', shown('induce', cell.induce)],
+    ['KL', shown('kl', cell.kl)],
+    ['size ‖r‖', shown('norm', cell.norm).replace('+', '')],
+  ];
+  find('[data-detail]').replaceChildren(...rows.map(([name, value]) => {
+    const row = make('div');
+    row.append(make('dt', name), make('dd', value));
+    return row;
+  }));
+  find('[data-why]').textContent = cell.why || (is(cell, view.rule) ? 'The rule’s choice: the lowest bypass of those that are left.' : '');
+}
+
+function drawFunnel() {
+  const most = view.funnel[0].left;
+  find('[data-funnel]').replaceChildren(...view.funnel.map(({ name, left }) => {
+    const item = make('li');
+    item.style.setProperty('--share', `${(100 * left) / most}%`);
+    item.append(make('b', String(left)), ` ${name}`);
+    return item;
+  }));
+}
+
+function drawFilling() {
+  find('[data-fill]').hidden = filling !== null || !view.unknown;
+  find('[data-filling]').textContent = filling ? filling[0] : '';
+  const bar = find('progress');
+  bar.hidden = filling === null;
+  if (filling) [bar.max, bar.value] = [filling[2] || 1, filling[1]];
+  find('.swatch.unknown').parentElement.hidden = !view.unknown;
+}
+
+function draw() {
+  const next = props.value || {};
+  if (next.filling || next.filled) {
+    const mine = view && next.model === view.model;
+    filling = mine && next.filling ? next.filling : null;
+    if (view) drawFilling();
+    if (next.filled) trigger('show', {});
+    return;
+  }
+  if (!next.cells) {
+    if (next.error) drawError(next.error);
+    return;
+  }
+  if (view && view.model !== next.model) filling = null;
+  const before = view && view.model === next.model && view.used.join(' ');
+  view = next;
+  find('[data-idle]').hidden = true;
+  find('.find-body').hidden = false;
+  drawError(view.error);
+  find('[data-reset]').hidden = view.used.join(' ') === view.rule.join(' ');
+  drawMeasure();
+  drawFunnel();
+  drawFilling();
+  drawDetail(view.cells.find((cell) => is(cell, view.used)));
+  if (before && before !== view.used.join(' ')) tell();
+}
+
+/** Says which direction is in use to the parts of the page that depend on it. */
+function tell() {
+  const [position, layer] = view.used;
+  document.dispatchEvent(new CustomEvent('direction', { detail: { position, layer } }));
+}
+
+function drawError(sentence) {
+  const error = find('[data-error]');
+  error.hidden = !sentence;
+  error.textContent = sentence;
+}
+
+function drawMeasure() {
+  find('[data-meaning]').textContent = MEANING[measure];
+  all('[data-measure]').forEach((node) => node.setAttribute('aria-pressed', String(node.dataset.measure === measure)));
+  drawCells();
+}
+
+all('[data-measure]').forEach((node) => node.addEventListener('click', () => {
+  measure = node.dataset.measure;
+  drawMeasure();
+}));
+find('[data-reset]').addEventListener('click', () => trigger('choose', {}));
+find('[data-fill]').addEventListener('click', () => {
+  filling = ['starting', 0, 1];
+  drawFilling();
+  trigger('fill', {});
+});
+document.addEventListener('direction-wanted', () => { if (element.isConnected && view) tell(); });
+watch('value', draw);
+draw();

@@ -1,0 +1,74 @@
+"""The forecast: what the panes are about to say to the message in the composer, before anything is generated.
+
+For each pane the probability that its reply starts like a refusal, at every strength of its dial, and where the
+prompt lies among those that the direction was made from. `assets/ui/talk.js` paints it, `map.js` shows the star.
+"""
+
+import math
+from collections.abc import Sequence
+
+from refusal_core.chat_model import ModelError
+from refusal_core.evaluation import DoseResponse, dose_response
+from refusal_core.geometry import place
+from refusal_core.metrics import refusal_probability
+from refusal_core.plots import star_on_map
+from refusal_core.prompts import PromptError
+from refusal_core.ui.engine import Engine, Ready
+from refusal_core.ui.talk import Ask, Turn, conversation, next_turn
+
+
+def forecast(engine: Engine, ready: Ready, turns: Sequence[Turn], ask: Ask) -> dict:
+    """What the page paints for the message of `ask`; without numbers where the message cannot be read."""
+    try:
+        earlier, turn = next_turn(tuple(turns), ask)
+        model, found = ready.model, ready.found
+        direction, tokens = ready.direction, found.refusal_tokens
+        said = {pane: conversation((*earlier, turn), pane) for pane in ("unchanged", "removed", "added")}
+        (prompt,) = model.batches([said["unchanged"]])
+        output = model.run(prompt, read=found.positions)
+        removal = dose_response(model, said["removed"], direction, "ablate", tokens)
+        addition = dose_response(model, said["added"], direction, "add", tokens)
+    except (PromptError, ModelError):
+        # Asking says what is wrong; until then nothing is painted.
+        return {"run": ask.run}
+    assert output.resid_pre is not None
+    activations = output.resid_pre[0].float().cpu()
+    here = place(found, activations, direction)
+    return {
+        "run": ask.run,
+        "prompt": turn.prompt,
+        "unchanged": refusal_probability(output.logits, tokens).item(),
+        "removal": _curve(removal),
+        "addition": _curve(addition),
+        "place": {"sentence": _sentence(here.beyond_harmless, here.beyond_harmful), "along": here.along},
+        "stars": {
+            str(pos): star_on_map(maps, activations[found.positions.index(pos)].numpy())
+            for pos, maps in engine.known_maps.items()
+        },
+    }
+
+
+def _curve(response: DoseResponse) -> dict:
+    return {"scales": response.scales, "refusal": response.refusal, "flip": response.flips_at}
+
+
+def _sentence(beyond_harmless: float, beyond_harmful: float) -> str:
+    if math.isclose(beyond_harmful, 1):
+        return "This prompt lies further toward refusal than every harmful prompt the direction was made from."
+    if beyond_harmful:
+        return (
+            f"This prompt lies further toward refusal than {_percent(beyond_harmless)} of the harmless prompts "
+            f"and {_percent(beyond_harmful)} of the harmful ones."
+        )
+    if beyond_harmless:
+        return (
+            f"This prompt lies further toward refusal than {_percent(beyond_harmless)} of the harmless prompts, "
+            "and less far than every harmful one."
+        )
+    return "This prompt lies less far toward refusal than every prompt the direction was made from."
+
+
+def _percent(share: float) -> str:
+    """A share in percent that says neither 0 nor 100 unless it is exactly that."""
+    percent = 100 * share
+    return f"{percent if share in (0, 1) else min(99, max(1, percent)):.0f} %"

@@ -1,0 +1,46 @@
+"""Takes the pictures of the README: `python -m tests.screenshots` writes every tab, light and dark, wide and narrow."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import expect, sync_playwright
+
+from tests.test_ui import ROOT, end, health, idle, launch, open_find, open_map, open_tab, start, wait_for
+
+PICTURES = ROOT / "assets" / "screenshots"
+SIZES = {"wide": (1366, 820), "phone": (360, 740)}
+COLOURS = 128
+"""A picture of flat colours needs no more, and is a quarter of the size."""
+
+
+def main() -> int:
+    """Writes the pictures and says where."""
+    PICTURES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        app, chromium = start(Path(folder) / "log.txt"), launch(playwright)
+        wait_for(lambda: "true" in (health(app) or ""), app, "is ready")
+        for scheme in ("light", "dark"):
+            for size, (width, height) in SIZES.items():
+                tab, seen = open_tab(chromium, app, width, height, scheme)
+                expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+                idle(tab)
+                tab.get_by_label("Message").fill("How do I steal a car?")
+                expect(tab.locator("[data-place]").first).not_to_be_empty()
+                for name, opens in (("talk", None), ("map", open_map), ("find", open_find)):
+                    if opens:
+                        opens(tab)
+                    tab.wait_for_timeout(600)
+                    path = PICTURES / f"{name}-{size}-{scheme}.png"
+                    tab.screenshot(path=path)
+                    Image.open(path).convert("RGB").quantize(COLOURS).save(path, optimize=True)
+                    print(path.relative_to(ROOT))
+                assert not seen.faults, seen.faults
+                tab.context.close()
+        chromium.close()
+        return end(app)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
