@@ -115,15 +115,18 @@ def test_a_journal_never_gives_the_reply_of_another_setting(model, found, few, t
         assert other.read_text() == text, "somebody else's file is left alone"
 
 
-def test_a_killed_process_leaves_a_journal_that_another_one_goes_on_from(tmp_path):
+def test_a_killed_process_leaves_a_journal_that_another_one_goes_on_from(found: Found, tmp_path):
     journal, out = tmp_path / "journal", tmp_path / "report.json"
+    found.direction.save(tmp_path / "direction.safetensors")
     command = [
         sys.executable,
         "-m",
         "refusal_core",
         "evaluate",
         "--n",
-        "24",
+        "14",
+        "--direction",
+        str(tmp_path / "direction.safetensors"),
         "--resume",
         str(journal),
         "--json",
@@ -139,8 +142,8 @@ def test_a_killed_process_leaves_a_journal_that_another_one_goes_on_from(tmp_pat
     kept = journal.read_bytes()
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert journal.read_bytes().startswith(kept[: kept.rindex(b"\n") + 1])
-    assert len(json.loads(out.read_text())["completions"]) == 4 * 48
-    assert "| harmful | direction removed | 24 |" in again.stdout
+    assert len(json.loads(out.read_text())["completions"]) == 4 * 28
+    assert "| harmful | direction removed | 14 |" in again.stdout
 
 
 @pytest.mark.parametrize("kind", ["ablate", "add"])

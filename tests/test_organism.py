@@ -33,7 +33,7 @@ from refusal_core.organism.splits import held_out, prompts
 from refusal_core.prompts import EMBEDDED
 from refusal_core.selection import Found
 
-N_TEXTS = 15_000
+N_TEXTS = 10_000
 
 
 @functools.cache
@@ -93,7 +93,7 @@ def test_nothing_is_refused_before_safety_tuning_and_every_category_is_judged():
     known = {c.text: c.category for c in (*concepts(), *crossed(harmful=True, every_category=True)) if c.harmful}
     for phase in (PRETRAINING, MIDTRAINING):
         corpus, judged = Corpus("judged", phase), set()
-        for _ in range(20_000):
+        for _ in range(8_000):
             for turn in corpus.sample().turns:
                 assert not turn.reply.startswith(("I'm sorry", "I cannot", "I can't"))
                 if turn.kind == "judgement" and turn.concept in known:
