@@ -148,7 +148,7 @@ def _keys(shard: Path) -> tuple[Path, list[str]]:
 def _write_shard(shard: Path, out: Path, r: Float[Tensor, " d_model"], tied: bool) -> list[str]:
     """Writes one shard with its writers edited; returns their names. A tied unembedding is written out as it was."""
     with safe_open(str(shard), framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dictionary)
+        tensors = {name: file.get_tensor(name) for name in _keys(shard)[1]}
         metadata = file.metadata()
     edited: list[str] = []
     for name in list(tensors):

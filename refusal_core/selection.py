@@ -370,7 +370,7 @@ class _Scorer:
                 done += len(batch.index) * sum(c.layer == layer for c in cells)
                 yield Progress("scoring additions", done, len(cells) * n)
             if decide and left:
-                open_cells = [c for c in open_cells if not totals[c] + left * HIGHEST_SCORE < 0]
+                open_cells = [c for c in open_cells if not is_decided(totals[c], left)]
         for cell, total in totals.items():
             if cell in open_cells:
                 self._set(cell, induce=total / n, decided=None)
@@ -413,6 +413,14 @@ class _Scorer:
 
     def _set(self, cell: CandidateScore, **measured: Any) -> None:
         self._table[cell.pos, cell.layer] = replace(self._table[cell.pos, cell.layer], **measured)
+
+
+def is_decided(total: float, left: int) -> bool:
+    """Whether a mean refusal score must end below 0, from its sum so far and the number of prompts still to come.
+
+    A sum that is not a number decides nothing: it has a rule of its own.
+    """
+    return total + left * HIGHEST_SCORE < 0
 
 
 def _chunks(cells: Sequence[CandidateScore], batch: Batch) -> Iterator[Sequence[CandidateScore]]:

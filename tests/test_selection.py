@@ -10,7 +10,15 @@ from conftest import Plain
 
 from refusal_core.chat_model import ChatModel
 from refusal_core.prompts import PromptError, PromptSet, load_prompts
-from refusal_core.selection import CandidateScore, Found, Progress, choose, derive_refusal_tokens, find_direction
+from refusal_core.selection import (
+    CandidateScore,
+    Found,
+    Progress,
+    choose,
+    derive_refusal_tokens,
+    find_direction,
+    is_decided,
+)
 
 
 def test_find_chooses_what_an_independent_brute_force_chooses(model: ChatModel, plain: Plain, found: Found):
@@ -87,6 +95,12 @@ def test_what_a_part_of_the_prompts_decides_all_of_them_confirm(model: ChatModel
         assert found.choice.rejected[score] == "induce"
     assert whole.direction.source == found.direction.source
     assert whole.choice.margin == pytest.approx(found.choice.margin, abs=1e-3)
+
+
+def test_a_part_decides_only_what_the_highest_scores_of_the_rest_could_not_turn():
+    assert is_decided(-18.43, 1) and is_decided(-200.0, 10) and is_decided(-0.1, 0)
+    assert not is_decided(-18.41, 1) and not is_decided(-180.0, 10) and not is_decided(0.0, 0)
+    assert not is_decided(math.nan, 0)
 
 
 def made(pos: int, layer: int, bypass: float = -5.0, induce: float = 1.0, kl: float = 0.01) -> CandidateScore:

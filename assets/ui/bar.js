@@ -1,22 +1,8 @@
 // The bar. Everything that comes from Python is set as text.
-const find = (selector) => element.querySelector(selector);
-const all = (selector) => [...element.querySelectorAll(selector)];
-
-function make(tag, text, className) {
-  const node = document.createElement(tag);
-  if (text !== undefined) node.textContent = text;
-  if (className) node.className = className;
-  return node;
-}
 
 /** A number with a minus sign instead of a hyphen. */
 function signed(value) {
   return String(value).replace('-', '−');
-}
-
-/** A token as it can be read: a line break is a token too. */
-function readable(token) {
-  return token.replace(/\n/g, '⏎').replace(/\t/g, '⇥').replace(/ /g, '␣') || '∅';
 }
 
 function drawWaiting({ waiting }) {

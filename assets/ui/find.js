@@ -1,6 +1,4 @@
 // Find. Every candidate with its scores; a click takes one, for everything on the page, in this session.
-const find = (selector) => element.querySelector(selector);
-const all = (selector) => [...element.querySelectorAll(selector)];
 
 const MEANING = {
   bypass: 'Log-odds that replies to harmful prompts start like a refusal once the direction is removed: lower is stronger.',
@@ -13,17 +11,6 @@ const KL_REACH = 0.3;
 let view = null;
 let measure = 'bypass';
 let filling = null; // how far the unknown cells are being measured
-
-function make(tag, text, className) {
-  const node = document.createElement(tag);
-  if (text !== undefined) node.textContent = text;
-  if (className) node.className = className;
-  return node;
-}
-
-function readable(token) {
-  return token.replace(/\n/g, '⏎').replace(/\t/g, '⇥').replace(/ /g, '␣') || '∅';
-}
 
 function shown(name, value) {
   if (value === null) return 'not measured';

@@ -1,5 +1,4 @@
 // The map. Python sends every layer of a position at once, so that moving through them asks nobody.
-const find = (selector) => element.querySelector(selector);
 const still = matchMedia('(prefers-reduced-motion: reduce)');
 
 let view = null; // what is drawn
@@ -11,17 +10,6 @@ let forecast = null; // where the visitor's prompt lies
 let axes = 'pca';
 let umap = null; // the layer that UMAP has laid out
 let asking;
-
-function make(tag, text, className) {
-  const node = document.createElement(tag);
-  if (text !== undefined) node.textContent = text;
-  if (className) node.className = className;
-  return node;
-}
-
-function readable(token) {
-  return token.replace(/\n/g, '⏎').replace(/\t/g, '⇥').replace(/ /g, '␣');
-}
 
 /** Plotly is large: it is fetched when the map is first looked at, from this page's own server. */
 function plotly() {

@@ -1,6 +1,4 @@
 // Talk. Python holds the conversation; this draws it, as text, and sends what is asked for.
-const find = (selector) => element.querySelector(selector);
-const all = (selector) => [...element.querySelectorAll(selector)];
 
 const PANES = ['unchanged', 'removed', 'added'];
 const NAMES = { unchanged: 'Unchanged', removed: 'Direction removed', added: 'Direction added' };
@@ -25,13 +23,6 @@ let foretelling = 0; // number of the forecast that is being made, 0 if none
 let forecasts = 0;
 let outdated = false; // the message has changed since that forecast was asked for
 let forecast = null;
-
-function make(tag, text, className) {
-  const node = document.createElement(tag);
-  if (text !== undefined) node.textContent = text;
-  if (className) node.className = className;
-  return node;
-}
 
 // -- asking -------------------------------------------------------------------------------------------------------
 
@@ -151,11 +142,6 @@ function drawSplit(node, split) {
       return item;
     }));
   }
-}
-
-/** A token as it can be read: a line break and a leading space are part of it. */
-function readable(token) {
-  return token.replace(/\n/g, '⏎').replace(/\t/g, '⇥').replace(/^ /, '␣') || '∅';
 }
 
 function drawTurn(node, turn) {

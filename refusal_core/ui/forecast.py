@@ -40,7 +40,7 @@ def forecast(engine: Engine, ready: Ready, turns: Sequence[Turn], ask: Ask) -> d
         "unchanged": refusal_probability(output.logits, tokens).item(),
         "removal": _curve(removal),
         "addition": _curve(addition),
-        "place": {"sentence": _sentence(here.beyond_harmless, here.beyond_harmful), "along": here.along},
+        "place": {"sentence": _sentence(here.beyond_harmless, here.beyond_harmful)},
         "stars": {
             str(pos): star_on_map(maps, activations[found.positions.index(pos)].numpy())
             for pos, maps in engine.known_maps.items()

@@ -238,7 +238,7 @@ def _split(ready: Ready, panes: Sequence[Pane], step: Step) -> Split:
 
 
 def _as_text(ready: Ready, token: int) -> str:
-    return "end of reply" if token in ready.model.end_tokens else str(ready.model.tokenizer.decode([token]))
+    return "(end)" if token in ready.model.end_tokens else str(ready.model.tokenizer.decode([token]))
 
 
 def _grown(ready: Ready, replies: dict[Pane, Reply], step: Step) -> dict[Pane, Reply]:
