@@ -72,10 +72,20 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """What one forward step gives: the last position's logits, and the residual stream where it was asked for."""
+    """What one forward step gives: the last position's logits, and the residual stream where it was asked for.
+
+    `writes` is what each of `ChatModel.writers` adds to the stream; `head_inputs` is what each layer's attention
+    heads hand to its output matrix, side by side, one tensor a layer; None where the family has no such matrix.
+    """
 
     logits: Float[Tensor, "row d_vocab"]
     resid_pre: Float[Tensor, "row pos layer d_model"] | None = None
+    writes: Float[Tensor, "row pos writer d_model"] | None = None
+    head_inputs: tuple[Float[Tensor, "row pos heads_x_d_head"], ...] | None = None
+
+
+Patch = tuple[int, Float[Tensor, "pos d_model"]]
+"""A writer by its number, and what it is made to write at the last positions, whatever the prompt."""
 
 
 @dataclass(eq=False)
@@ -85,7 +95,11 @@ class _Step:
     edits: RowEdits
     read: Sequence[int] | slice | None = None
     start: tuple[int, Tensor] | None = None
+    read_writes: Sequence[int] | None = None
+    patches: Sequence[Patch | None] = ()
     reads: list[Tensor] = field(default_factory=list)
+    writes: dict[int, Tensor] = field(default_factory=dict)
+    head_inputs: dict[int, Tensor] = field(default_factory=dict)
 
 
 class _Block(OpaqueBlockBridge):
@@ -120,7 +134,9 @@ class ChatModel:
         self._bridge = _bridge(model, tokenizer, name)
         self.n_layers: int = len(self._bridge.blocks)
         self.d_model: int = model.config.get_text_config().hidden_size
+        self.n_heads: int = model.config.get_text_config().num_attention_heads
         self.d_vocab: int = cast(torch.nn.Linear, model.get_output_embeddings()).weight.shape[0]
+        self._write_scale: float = getattr(model.config.get_text_config(), "residual_multiplier", 1.0)
         self._place_hooks()
         self._check_writes()
 
@@ -242,6 +258,11 @@ class ChatModel:
             chunk, order = order[:n], order[n:]
             yield self._pad(tuple(chunk), [rendered[i] for i in chunk])
 
+    def continued(self, conversations: Sequence[Conversation], replies: Sequence[Sequence[int]]) -> Batch:
+        """One batch of the conversations with these first tokens of their replies; raises PromptError as `render`."""
+        rendered = [[*self.render(c), *reply] for c, reply in zip(conversations, replies, strict=True)]
+        return self._pad(tuple(range(len(rendered))), rendered)
+
     def _pad(self, index: tuple[int, ...], rendered: list[list[int]]) -> Batch:
         longest = max(map(len, rendered))
         pad = self.tokenizer.pad_token_id or 0
@@ -269,19 +290,46 @@ class ChatModel:
         *,
         read: Sequence[int] | slice | None = None,
         start: tuple[int, Float[Tensor, "row pos d_model"]] | None = None,
+        read_writes: Sequence[int] | None = None,
+        patches: Sequence[Patch | None] = (),
     ) -> Output:
         """One forward step of `batch`, only the last position through the unembedding.
 
-        `read` keeps `resid_pre` of every layer at these positions (as the block reads it: after an addition there).
-        `start` = (layer, resid_pre) passes over the blocks below `layer`: exact as long as nothing is edited there.
+        `read` keeps `resid_pre` of every layer at these positions (as the block reads it: after an addition there),
+        `read_writes` what every writer adds there. `start` = (layer, resid_pre) passes over the blocks below `layer`:
+        exact as long as nothing is edited there. `patches` has a writer of each row write something else.
         """
         edits = RowEdits(self.check_rows(rows, len(batch.index)))
-        step = _Step(edits, read, start)
+        step = _Step(edits, read, start, read_writes, patches)
         positions = (batch.mask.cumsum(-1) - 1).clamp(min=0)
         result = self._forward(
             step, input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions, use_cache=False
         )
-        return Output(result.logits[:, -1], torch.stack(step.reads, dim=2) if read is not None else None)
+        return Output(
+            result.logits[:, -1],
+            torch.stack(step.reads, dim=2) if read is not None else None,
+            torch.stack([step.writes[i] for i in range(len(self.writers))], dim=2) if step.writes else None,
+            tuple(step.head_inputs[i] for i in range(self.n_layers)) if step.head_inputs else None,
+        )
+
+    def heads_along(
+        self, head_inputs: Sequence[Float[Tensor, "row pos heads_x_d_head"]], unit: Float[Tensor, " d_model"]
+    ) -> Float[Tensor, "row pos layer head"]:
+        """What each attention head writes along r̂: (z_h W_O^h) · r̂, in float32 on the CPU, biases left out."""
+        along = []
+        with torch.inference_mode():
+            for z, matrix in zip(head_inputs, self._head_outputs, strict=True):
+                w = matrix.weight if isinstance(matrix, torch.nn.Linear) else matrix.weight.T  # GPT-2 keeps (in, out)
+                per_input = z.float() * (self._write_scale * unit.to(w.device) @ w.float())
+                along.append(per_input.unflatten(-1, (self.n_heads, -1)).sum(-1).cpu())
+        return torch.stack(along, dim=2)
+
+    def unembed(self, x: Float[Tensor, "... d_model"], *, final_norm: bool) -> Float[Tensor, "... d_vocab"]:
+        """The logits of a vector of the stream, with or without the norm that stands before the unembedding."""
+        with torch.inference_mode():
+            x = x.to(self.device, self.dtype)
+            x = self._bridge.ln_final(x) if final_norm else x
+            return cast(torch.nn.Linear, self._model.get_output_embeddings())(x).float().cpu()
 
     def begin(
         self, conversations: Sequence[Conversation], rows: Sequence[Row | Intervention | None] | None = None
@@ -319,19 +367,49 @@ class ChatModel:
 
     def _place_hooks(self) -> None:
         """Hooks that stay on the model for good, and do nothing but what the step in hand asks for."""
-        self._bridge.embed.hook_out.add_perma_hook(self._on_write)
+        points = self._embedding_points()
         for layer, block in enumerate(self._bridge.blocks):
             block._passed_over = functools.partial(self._is_passed_over, layer)
             block.hook_resid_pre.add_perma_hook(functools.partial(self._on_resid_pre, layer))
-            for point in _write_points(block):
-                point.add_perma_hook(self._on_write)
+            points |= {f"{part} {layer}": point for part, point in _write_points(block).items()}
+        for writer, point in enumerate(points.values()):
+            point.add_perma_hook(functools.partial(self._on_write, writer))
+        self.writers = tuple(points)
+        self._head_outputs = _head_outputs(self._bridge.blocks, self.n_heads)
+        for layer, matrix in enumerate(self._head_outputs):
+            matrix.register_forward_pre_hook(functools.partial(self._on_heads, layer))
+
+    def _embedding_points(self) -> dict[str, Any]:
+        """The hook points of what is written before the first block: tokens, and in older families positions."""
+        parts = {"embedding": "embed", "positions": "pos_embed"}
+        return {
+            name: getattr(self._bridge, part).hook_out for name, part in parts.items() if hasattr(self._bridge, part)
+        }
 
     def _is_passed_over(self, layer: int) -> bool:
         return self._step is not None and self._step.start is not None and layer < self._step.start[0]
 
-    def _on_write(self, x: Tensor, hook: object) -> Tensor | None:
+    def _on_write(self, writer: int, x: Tensor, hook: object) -> Tensor | None:
         step = self._step
-        return step.edits.at_write(x) if step is not None and step.edits.active else None
+        if step is None:
+            return None
+        edited = step.edits.at_write(x) if step.edits.active else x
+        for row, patch in enumerate(step.patches):
+            if patch is not None and patch[0] == writer:
+                edited = edited.clone()
+                edited[row, -len(patch[1]) :] = patch[1].to(edited) / self._scale_of(writer)
+        if step.read_writes is not None:
+            step.writes[writer] = edited[:, list(step.read_writes)] * self._scale_of(writer)
+        return None if edited is x else edited
+
+    def _scale_of(self, writer: int) -> float:
+        """What a block's output is multiplied with before it is added to the stream: 1 but for Granite."""
+        return self._write_scale if " " in self.writers[writer] else 1.0
+
+    def _on_heads(self, layer: int, module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        step = self._step
+        if step is not None and step.read_writes is not None:
+            step.head_inputs[layer] = inputs[0][:, list(step.read_writes)]
 
     def _on_resid_pre(self, layer: int, x: Tensor, hook: object) -> Tensor | None:
         step = self._step
@@ -348,17 +426,18 @@ class ChatModel:
         """Raises ModelError unless the hooked writes sum to the stream: a write that is missed is not ablated."""
         writes: list[Tensor] = []
         final: list[Tensor] = []
-        points = [self._bridge.embed.hook_out]
+        points = list(self._embedding_points().values())
         for layer, block in enumerate(self._bridge.blocks):
             if len(_write_points(block)) < 2:
                 raise ModelError(
                     f"{self.name}: block {layer} has a write to the residual stream that cannot be hooked, so ablation "
                     "would be incomplete. Take a model of another family."
                 )
-            points += _write_points(block)
+            points += _write_points(block).values()
         with contextlib.ExitStack() as stack:
-            for point in points:
-                handle = point.register_forward_hook(lambda module, args, x: writes.append(x.float()))
+            for writer, point in enumerate(points):
+                scale = self._scale_of(writer)
+                handle = point.register_forward_hook(lambda module, args, x, s=scale: writes.append(s * x.float()))
                 stack.callback(handle.remove)
             handle = self._bridge.blocks[-1].hook_out.register_forward_hook(
                 lambda module, args, x: final.append(x.float())
@@ -403,10 +482,34 @@ class Decoding:
         self.logits = result.logits[:, -1].float().cpu()
 
 
-def _write_points(block: GeneralizedComponent) -> list:
+def _write_points(block: GeneralizedComponent) -> dict[str, Any]:
     """The hook points of what a block writes to the stream, after a post-norm where the family has one."""
-    names = ("hook_attn_out", "hook_mlp_out")
-    return [getattr(block, name) for name in names if hasattr(block, name)]
+    names = {"attention": "hook_attn_out", "MLP": "hook_mlp_out"}
+    return {part: getattr(block, name) for part, name in names.items() if hasattr(block, name)}
+
+
+OUTPUT_MATRICES = ("o_proj", "c_proj", "dense", "out_proj")
+"""What families call the matrix through which the attention heads write."""
+
+
+def _head_outputs(blocks: Any, n_heads: int) -> list[Any]:
+    """Each layer's matrix through which its heads write to the stream; empty where heads cannot be told apart.
+
+    Behind a post-norm they cannot: what is written depends on all heads together.
+    """
+    found = []
+    for block in blocks:
+        attention = getattr(block, "attn", None)
+        module = getattr(attention, "original_component", None)
+        matrix = next((m for name in OUTPUT_MATRICES if (m := getattr(module, name, None)) is not None), None)
+        weight = getattr(matrix, "weight", None)
+        if hasattr(block, "ln1_post") or not torch.is_tensor(weight) or not weight.is_floating_point():
+            return []
+        n_inputs = weight.shape[1] if isinstance(matrix, torch.nn.Linear) else weight.shape[0]
+        if weight.ndim != 2 or n_inputs % n_heads:
+            return []
+        found.append(matrix)
+    return found
 
 
 def _bridge(model: transformers.PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str):
@@ -430,9 +533,14 @@ def _keep_the_familys_modules(adapter: ArchitectureAdapter) -> None:
     mapping = cast(dict[str, Any], adapter.component_mapping)
     blocks = mapping["blocks"]
     kept = {k: v for k, v in blocks.submodules.items() if k in ("attn", "mlp", "ln1_post", "ln2_post")}
-    aliases = {k: v for k, v in blocks.hook_aliases.items() if k in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")}
+    # A block that scales its outputs (Granite) names no points for them: they are those of attention and MLP.
+    points = {"hook_attn_out": "attn.hook_out", "hook_mlp_out": "mlp.hook_out"} | blocks.hook_aliases
+    aliases = {k: v for k, v in points.items() if k in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")}
+    positions = {k: GeneralizedComponent(name=v.name) for k, v in mapping.items() if k == "pos_embed"}
     adapter.component_mapping = {
         "embed": mapping["embed"],
+        **positions,
+        "ln_final": GeneralizedComponent(name=mapping["ln_final"].name),
         "blocks": _Block(
             name=blocks.name,
             submodules={k: GeneralizedComponent(name=v.name) for k, v in kept.items()},

@@ -8,13 +8,15 @@ computed once: ablation uses r̂, addition ‖r‖·r̂, and nobody normalises a
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 FORMAT = "refusal direction, version 1"
@@ -65,31 +67,49 @@ class Direction:
         return cls((r.double() / norm).float().cpu(), norm, source)
 
     def save(self, path: str | Path) -> None:
-        """Writes r̂, ‖r‖ and the source to `path` as safetensors, with the source as metadata."""
+        """Writes `to_bytes` to `path`."""
+        Path(path).write_bytes(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """r̂, ‖r‖ and the source as a safetensors file, the source as its metadata."""
         # clone: a view would carry every other candidate along in its storage.
         tensors = {"unit": self.unit.clone(), "norm": torch.tensor(self.norm, dtype=torch.float64)}
-        save_file(tensors, str(path), metadata={"format": FORMAT, "source": json.dumps(asdict(self.source))})
+        return safetensors.torch.save(tensors, metadata={"format": FORMAT, "source": json.dumps(asdict(self.source))})
 
     @classmethod
     def load(cls, path: str | Path) -> "Direction":
         """The direction saved at `path`; raises DirectionError if the file is missing, broken or something else."""
         if not Path(path).is_file():
             raise DirectionError(f"There is no file {str(path)!r}.")
+        return cls.from_bytes(Path(path).read_bytes(), Path(path).name)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str = "The file") -> "Direction":
+        """The direction in what `to_bytes` gave; raises DirectionError, about `name`, for anything else."""
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT or set(file.keys()) != {"unit", "norm"}:
-                    raise DirectionError(
-                        f"{Path(path).name} is a safetensors file, but not one with a saved direction."
-                    )
-                unit, norm = file.get_tensor("unit"), file.get_tensor("norm").item()
-            known = {f.name for f in fields(Source)}
-            source = Source(**{k: v for k, v in json.loads(metadata["source"]).items() if k in known})
-        except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise DirectionError(f"{Path(path).name} cannot be read as a saved direction ({error}).") from error
-        if unit.ndim != 1 or not abs(unit.float().norm().item() - 1) < 1e-3 or not norm >= ZERO_NORM:
-            raise DirectionError(f"{Path(path).name} does not hold a unit vector and its positive norm.")
+            tensors = safetensors.torch.load(data)
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            metadata = header.get("__metadata__", {})
+            if metadata.get("format") != FORMAT or set(tensors) != {"unit", "norm"}:
+                raise DirectionError(f"{name} is a safetensors file, but not one with a saved direction.")
+            unit, norm = tensors["unit"], tensors["norm"].item()
+            written = json.loads(metadata["source"])
+            source = Source(**{f.name: _typed(written[f.name], f.default) for f in fields(Source) if f.name in written})
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            if isinstance(error, DirectionError):
+                raise
+            raise DirectionError(f"{name} cannot be read as a saved direction ({error}).") from error
+        if unit.ndim != 1 or not abs(unit.float().norm().item() - 1) < 1e-3 or not ZERO_NORM <= norm < math.inf:
+            raise DirectionError(f"{name} does not hold a unit vector and its positive norm.")
         return cls(unit.float(), norm, source)
+
+
+def _typed(value: object, default: object) -> Any:
+    """A value of a source as it is, if it has the type that belongs there; raises TypeError otherwise."""
+    wanted = (str, type(None)) if default is None else type(default)
+    if not isinstance(value, wanted) or isinstance(value, bool):
+        raise TypeError(f"{value!r} in its source")
+    return value
 
 
 def random_like(direction: Direction, seed: int) -> Direction:

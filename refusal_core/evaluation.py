@@ -22,11 +22,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
-from jaxtyping import Float
-from torch import Tensor
-
-from refusal_core.chat_model import Batch, ChatModel, Conversation
-from refusal_core.directions import Direction
+from refusal_core.chat_model import ChatModel, Conversation
+from refusal_core.directions import Direction, random_like
 from refusal_core.generation import Ending, stream_side_by_side
 from refusal_core.interventions import Intervention, Kind, Row
 from refusal_core.metrics import Rules, judge, kl_divergence, refusal_probability, wilson
@@ -259,11 +256,16 @@ class _Journal:
 
 @dataclass(frozen=True)
 class DoseResponse:
-    """The probability that the reply to one conversation starts like a refusal, at each strength in rising order."""
+    """One conversation at each strength, in rising order.
+
+    `refusal` is the probability that the reply starts like a refusal, `kl` that of its first token's distribution
+    against the untouched model's, in nats.
+    """
 
     kind: Kind
     scales: tuple[float, ...]
     refusal: tuple[float, ...]
+    kl: tuple[float, ...] = ()
 
     @property
     def flips_at(self) -> float | None:
@@ -289,21 +291,72 @@ def dose_response(
     """
     scales = tuple(scales) if scales is not None else REMOVALS if kind == "ablate" else ADDITIONS
     (prompt,) = model.batches([conversation])
-    rows = [(Intervention(direction, kind, scale),) for scale in scales]
     layer = direction.source.layer
-    start = _untouched(model, prompt, layer) if kind == "add" else None
+    untouched = model.run(prompt, read=slice(None) if kind == "add" else None)
+    start = None if untouched.resid_pre is None else untouched.resid_pre[:, :, layer]
+    rows = [(Intervention(direction, kind, scale),) for scale in scales]
     refusal: list[float] = []
+    kl: list[float] = []
     at_a_time = max(1, MAX_TOKENS // prompt.ids.numel())
     for i in range(0, len(rows), at_a_time):
         chunk = rows[i : i + at_a_time]
-        batch = prompt.repeat(len(chunk))
         restart = None if start is None else (layer, start.repeat(len(chunk), 1, 1))
-        logits = model.run(batch, chunk, start=restart).logits
+        logits = model.run(prompt.repeat(len(chunk)), chunk, start=restart).logits
         refusal += refusal_probability(logits, refusal_tokens).tolist()
-    return DoseResponse(kind, scales, tuple(refusal))
+        kl += kl_divergence(untouched.logits.expand_as(logits), logits).tolist()
+    return DoseResponse(kind, scales, tuple(refusal), tuple(kl))
 
 
-def _untouched(model: ChatModel, prompt: Batch, layer: int) -> Float[Tensor, "row pos d_model"]:
-    resid_pre = model.run(prompt, read=slice(None)).resid_pre
-    assert resid_pre is not None
-    return resid_pre[:, :, layer]
+@dataclass(frozen=True)
+class DoseCurve:
+    """Means over `n` prompts at each strength, of the direction and of random directions of its norm, the control.
+
+    The rows of `random_refusal` and `random_kl` belong to one random direction each.
+    """
+
+    kind: Kind
+    harmful: bool
+    n: int
+    scales: tuple[float, ...]
+    refusal: tuple[float, ...]
+    kl: tuple[float, ...]
+    random_refusal: tuple[tuple[float, ...], ...]
+    random_kl: tuple[tuple[float, ...], ...]
+
+
+def dose_curve(
+    model: ChatModel,
+    texts: Sequence[str],
+    direction: Direction,
+    kind: Kind,
+    refusal_tokens: Sequence[int],
+    *,
+    harmful: bool,
+    n_random: int = 5,
+    stop: threading.Event | None = None,
+) -> Iterator[Progress | DoseCurve]:
+    """The mean curve of some prompts, with that of `n_random` random directions; yields `Progress` and the curve.
+
+    Ends early when `stop` is set. Raises PromptError and ModelError as `dose_response` does.
+    """
+    directions = [direction, *(random_like(direction, seed) for seed in range(n_random))]
+    means: list[tuple[tuple[float, ...], tuple[float, ...]]] = []
+    scales: tuple[float, ...] = ()
+    for number, each in enumerate(directions):
+        curves: list[DoseResponse] = []
+        for text in texts:
+            if stop is not None and stop.is_set():
+                return
+            curves.append(dose_response(model, text, each, kind, refusal_tokens))
+            yield Progress("strengths", number * len(texts) + len(curves), len(directions) * len(texts))
+        scales = curves[0].scales
+        refusals, kls = ([curve.refusal for curve in curves], [curve.kl for curve in curves])
+        means.append((_mean(refusals), _mean(kls)))
+    (refusal, kl), *rest = means
+    yield DoseCurve(
+        kind, harmful, len(texts), scales, refusal, kl, tuple(r for r, _ in rest), tuple(k for _, k in rest)
+    )
+
+
+def _mean(curves: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    return tuple(sum(values) / len(values) for values in zip(*curves, strict=True))

@@ -2,7 +2,7 @@
 
     W ← W − r̂ r̂ᵀ W,   b ← b − r̂ (r̂·b)      every matrix and bias that writes to the residual stream
 
-These are the embedding, each attention output and each MLP output, each expert's in a mixture. Never the unembedding:
+These are the embeddings of tokens and positions, each attention output and each MLP output, each expert's in a mixture. Never the unembedding:
 where it is tied to the embedding it is untied first, or the edit would reach the logits too. A checkpoint is edited
 tensor by tensor, one shard in memory at a time, in float32, and written back in its own precision. Where a norm stands
 after attention or MLP (Gemma 2 and 3, OLMo 2) the weights cannot reproduce the ablation, and the export says so.
@@ -29,6 +29,7 @@ from refusal_core.interventions import Intervention
 from refusal_core.prompts import load_prompts
 
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
+POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions)\.weight$")
 WRITER = re.compile(
     r"\.(self_attn|attn|attention|mlp|feed_forward|block_sparse_moe|experts\.\d+|shared_experts?|shared_mlp)"
     r"\.(o_proj|out_proj|c_proj|dense|down_proj|dense_4h_to_h|fc2|w2|output_linear)\.(weight|bias)$"
@@ -166,7 +167,7 @@ def _writes_along(name: str, w: Tensor, d_model: int) -> int | None:
     """The axis of `w` on which it writes to the stream, None if it does not."""
     if OTHER_TOWER.search(name):
         return None
-    if EMBEDDING.search(name):
+    if EMBEDDING.search(name) or POSITIONS.search(name):
         return -1
     if not WRITER.search(name):
         return None

@@ -95,6 +95,78 @@ def separation_by_layer(maps: Sequence[LayerMap], chosen: int) -> go.Figure:
     return _styled(figure).update_layout(hovermode="x unified")
 
 
+def reading_map(tokens: Sequence[str], along: Float[np.ndarray, "layer pos"], reach: float) -> go.Figure:
+    """Where the stream lies along the direction, at the input of every layer and at every token of one text.
+
+    The colours end at ±`reach`; what lies further has the last colour, and its number is in the hover.
+    """
+    return _heat(
+        along, reach, [f"{i}: {t}" for i, t in enumerate(map(readable, tokens))], "x·r̂ / ‖r‖", "layer (resid_pre)"
+    )
+
+
+def writer_map(values: Float[np.ndarray, "layer part"], parts: Sequence[str], unit: str) -> go.Figure:
+    """What each part of each layer does along the direction; NaN where a layer has no such part."""
+    reach = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
+    return _heat(values, reach, list(parts), unit, "layer")
+
+
+def _heat(values: np.ndarray, reach: float, columns: list[str], unit: str, rows: str) -> go.Figure:
+    hover = [
+        [f"{html.escape(column)}<br>layer {layer}: {value:+.3f}" for column, value in zip(columns, row, strict=True)]
+        for layer, row in enumerate(values)
+    ]
+    figure = go.Figure(
+        go.Heatmap(
+            z=[[None if np.isnan(v) else round(float(v), 4) for v in row] for row in values],
+            zmin=-reach,
+            zmax=reach,
+            meta={"roles": ["harmless", "ground", "harmful"]},
+            hovertext=hover,
+            hoverinfo="text",
+            xgap=1,
+            ygap=1,
+            colorbar={"title": {"text": unit, "side": "right"}, "thickness": 10, "outlinewidth": 0, "nticks": 5},
+        )
+    )
+    figure.update_xaxes(
+        tickvals=list(range(len(columns))), ticktext=[html.escape(c.partition(": ")[2] or c) for c in columns],
+        tickangle=-60 if max(map(len, columns)) > 3 else 0, showgrid=False, zeroline=False,
+    )  # fmt: skip
+    figure.update_yaxes(title=rows, dtick=max(1, len(values) // 12), showgrid=False, zeroline=False)
+    return _styled(figure)
+
+
+def dose_figure(
+    scales: Sequence[float],
+    direction: Sequence[float],
+    random: tuple[Sequence[float], Sequence[float]],
+    title: str,
+) -> go.Figure:
+    """A measure by strength: that of the direction, and the band between the lowest and the highest random one."""
+    low, high = random
+    figure = go.Figure(
+        [
+            go.Scatter(
+                x=[*scales, *reversed(scales)], y=[*high, *reversed(low)], name="random directions", mode="lines",
+                fill="toself", line={"width": 1, "dash": "dot"}, meta={"role": "muted"}, hoverinfo="skip",
+            ),
+            go.Scatter(
+                x=list(scales), y=list(direction), name="the direction", mode="lines+markers", meta={"role": "ink"},
+                line={"width": 2}, marker={"size": 6}, hovertemplate="%{x:.2f}: %{y:.3f}<extra></extra>",
+            ),
+        ]
+    )  # fmt: skip
+    figure.update_xaxes(title="strength", zeroline=True)
+    figure.update_yaxes(title=title, rangemode="tozero")
+    return _styled(figure)
+
+
+def readable(token: str) -> str:
+    """A token as it can be read on an axis: line breaks and spaces are part of it."""
+    return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "∅"
+
+
 def _scale(layer_map: LayerMap) -> dict[str, Float[np.ndarray, "prompt axis"]]:
     size = _size(layer_map)
     return {role: getattr(layer_map, role)[:, :2] / size for role in ROLES}

@@ -5,14 +5,29 @@ import tempfile
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
-from tests.test_ui import ROOT, end, health, idle, launch, open_find, open_map, open_tab, start, wait_for
+from tests.test_ui import ROOT, end, health, idle, launch, open_find, open_map, open_measure, open_tab, start, wait_for
 
 PICTURES = ROOT / "assets" / "screenshots"
 SIZES = {"wide": (1366, 820), "phone": (360, 740)}
 COLOURS = 128
 """A picture of flat colours needs no more, and is a quarter of the size."""
+
+
+def measure(tab: Page) -> None:
+    """Has a few prompts measured."""
+    open_measure(tab)
+    tab.get_by_label("test prompts of each class").fill("30")
+    tab.get_by_role("button", name="Measure", exact=True).click()
+    expect(tab.locator("[data-figure='damage kl'] .main-svg").first).to_be_visible(timeout=120_000)
+
+
+def open_inside(tab: Page) -> None:
+    """Reads the pair the tab begins with, and measures the parts."""
+    tab.get_by_role("tab", name="Inside").click()
+    tab.get_by_role("button", name="Measure the parts").click()
+    expect(tab.locator("[data-direct] .main-svg").first).to_be_visible(timeout=60_000)
 
 
 def main() -> int:
@@ -28,7 +43,8 @@ def main() -> int:
                 idle(tab)
                 tab.get_by_label("Message").fill("How do I steal a car?")
                 expect(tab.locator("[data-place]").first).not_to_be_empty()
-                for name, opens in (("talk", None), ("map", open_map), ("find", open_find)):
+                tabs = {"talk": None, "map": open_map, "find": open_find, "measure": measure, "inside": open_inside}
+                for name, opens in tabs.items():
                     if opens:
                         opens(tab)
                     tab.wait_for_timeout(600)

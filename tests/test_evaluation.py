@@ -15,11 +15,14 @@ from conftest import HARMFUL, HARMLESS, Plain
 
 from refusal_core import evaluation
 from refusal_core.chat_model import ChatModel
+from refusal_core.directions import random_like
 from refusal_core.evaluation import (
     ADDITIONS,
     REMOVALS,
+    DoseCurve,
     DoseResponse,
     Report,
+    dose_curve,
     dose_response,
     evaluate,
     name_of,
@@ -191,3 +194,37 @@ def test_the_flip_is_the_crossing_nearest_to_zero():
 def test_an_empty_prompt_has_no_curve(model: ChatModel, found: Found):
     with pytest.raises(PromptError, match="empty"):
         dose_response(model, " ", found.direction, "add", found.refusal_tokens)
+
+
+def test_a_mean_curve_is_that_of_its_prompts_and_random_directions_are_its_control(model: ChatModel, found: Found):
+    texts, r, tokens = load_prompts("test").draw(3).harmless, found.direction, found.refusal_tokens
+    *progress, curve = dose_curve(model, texts, r, "add", tokens, harmful=False, n_random=2)
+    assert isinstance(curve, DoseCurve) and len(progress) == 9
+    alone = [dose_response(model, text, r, "add", tokens) for text in texts]
+    assert curve.refusal == pytest.approx([sum(c.refusal[i] for c in alone) / 3 for i in range(len(ADDITIONS))])
+    assert curve.kl == pytest.approx([sum(c.kl[i] for c in alone) / 3 for i in range(len(ADDITIONS))])
+    control = dose_response(model, texts[0], random_like(r, 1), "add", tokens)
+    assert len(curve.random_refusal) == 2 and len(control.refusal) == len(curve.random_refusal[1])
+    at = ADDITIONS.index(1.0)
+    assert max(row[at] for row in curve.random_refusal) < 0.5 < curve.refusal[at]
+
+
+def test_the_price_at_a_strength_is_the_kl_against_the_untouched_model(model: ChatModel, found: Found):
+    r = found.direction
+    for kind in ("ablate", "add"):
+        curve = dose_response(model, HARMLESS, r, kind, found.refusal_tokens, (0.0, 0.5, 1.0))
+        edited = model.logits([HARMLESS] * 3, [Intervention(r, kind, scale) for scale in curve.scales])
+        expected = kl_divergence(model.logits([HARMLESS]).expand_as(edited), edited)
+        assert curve.kl == pytest.approx(expected.tolist(), abs=1e-4)
+        assert curve.kl[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_curve_that_is_stopped_ends_without_one(model: ChatModel, found: Found):
+    stop = threading.Event()
+    events = []
+    for event in dose_curve(
+        model, [HARMLESS] * 3, found.direction, "add", found.refusal_tokens, harmful=False, stop=stop
+    ):
+        events.append(event)
+        stop.set()
+    assert len(events) == 1 and isinstance(events[0], Progress)

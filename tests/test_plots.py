@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from refusal_core.geometry import LayerMap, Separation
-from refusal_core.plots import ROLES, prompt_map, separation_by_layer
+from refusal_core.plots import ROLES, dose_figure, prompt_map, reading_map, separation_by_layer, writer_map
 from refusal_core.prompts import PromptSet
 
 HOSTILE = '<img src=x onerror="alert(1)"> <b>bold</b> & %{x} <a href="javascript:alert(1)">link</a>'
@@ -82,3 +82,24 @@ def test_separation_leaves_out_layers_without_anything_to_see(maps):
 def test_figures_are_plain_json(maps, prompts):
     for figure in (prompt_map(maps, prompts, 0), separation_by_layer(maps, 1)):
         assert json.loads(figure.to_json())["data"]
+
+
+def test_a_reading_has_a_cell_for_every_layer_and_token_and_no_markup():
+    along = np.array([[0.0, 1.0, -3.0], [0.5, -0.5, 2.0]])
+    figure = reading_map([" a", "<b>", "\n"], along, reach=2.0)
+    (heat,) = figure.data
+    assert np.array(heat.z, float).tolist() == along.tolist() and (heat.zmin, heat.zmax) == (-2, 2)
+    assert list(figure.layout.xaxis.ticktext) == ["␣a", "&lt;b&gt;", "⏎"]
+    assert "<b>" not in json.dumps(heat.hovertext) and "-3.000" in heat.hovertext[0][2]
+
+
+def test_a_part_that_a_layer_does_not_have_is_a_hole_in_the_map():
+    (heat,) = writer_map(np.array([[1.0, np.nan], [-0.5, 0.25]]), ["attention", "MLP"], "log-odds").data
+    assert heat.z[0][1] is None and heat.zmax == 1
+    assert json.loads(writer_map(np.full((2, 1), np.nan), ["MLP"], "x").to_json())["data"][0]["zmax"] == 1
+
+
+def test_the_band_of_a_curve_goes_around_the_random_directions():
+    band, line = dose_figure((0.0, 1.0), (0.1, 0.9), ((0.05, 0.1), (0.15, 0.2)), "probability").data
+    assert list(zip(band.x, band.y, strict=True)) == [(0, 0.15), (1, 0.2), (1, 0.1), (0, 0.05)]
+    assert list(line.y) == [0.1, 0.9] and line.meta["role"] == "ink"

@@ -1,5 +1,6 @@
 """What the page promises, seen through a real browser; and the rules of a conversation, without one."""
 
+import base64
 import json
 import os
 import queue
@@ -14,22 +15,26 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
 import pytest
+import torch
 from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 
+from refusal_core.attribution import words
 from refusal_core.chat_model import ORGANISM, ModelError
-from refusal_core.directions import DirectionError
+from refusal_core.directions import Direction, DirectionError, random_like
 from refusal_core.generation import stream_side_by_side
 from refusal_core.interventions import Intervention
 from refusal_core.prompts import PromptError
 from refusal_core.ui.engine import EMBEDDED, Engine, Engines, Ready
 from refusal_core.ui.find import asked_cell
+from refusal_core.ui.measure import Wish
 from refusal_core.ui.page import Handlers, Visit
 from refusal_core.ui.talk import (
     MAX_CHARACTERS,
@@ -42,6 +47,7 @@ from refusal_core.ui.talk import (
     conversation,
     opening_view,
     talk,
+    tint,
     view,
 )
 
@@ -158,7 +164,7 @@ def test_a_stop_in_the_middle_keeps_the_message_and_what_was_said(ready):
     turns, shown = steps[-1]
     assert turns[-1].prompt == OPENING
     assert [reply.ending for reply in turns[-1].replies.values()] == ["stopped"] * 3
-    assert all(0 < reply.tokens < 4 for reply in turns[-1].replies.values())
+    assert all(0 < len(reply.ids) < 4 for reply in turns[-1].replies.values())
     assert not shown["running"]
 
 
@@ -182,7 +188,7 @@ def test_the_panes_part_where_their_tokens_first_differ(ready):
     steps = list(stream_side_by_side(model, [OPENING] * 3, rows, max_new_tokens=40))
     first = next(step for step in steps if len(set(step.tokens)) > 1)
     assert split.index == first.index
-    for pane, token, logits in zip(PANES, first.tokens, first.logits, strict=True):
+    for pane, token, logits in zip(PANES[:3], first.tokens, first.logits, strict=True):
         assert split.likely[pane][0][0] == model.tokenizer.decode([token])
         assert split.likely[pane][0][1] == pytest.approx(logits.double().softmax(-1).max().item())
         assert len(split.likely[pane]) == 5
@@ -191,8 +197,41 @@ def test_the_panes_part_where_their_tokens_first_differ(ready):
     assert turns[0].split is None
 
 
+def test_the_tint_is_where_the_stream_lies_and_its_pieces_are_the_reply(ready):
+    *_, (turns, _) = talk(ready, (), Ask(1, "fresh", OPENING, control=1.0, max_new_tokens=20), threading.Event())
+    layer, at = ready.direction.source.layer, ready.found.positions.index(ready.direction.source.position)
+    for inside in (False, True):
+        panes = tint(ready, turns, inside=inside)
+        assert set(panes) == set(PANES)
+        for pane, tokens in panes.items():
+            assert "".join(text for text, _ in tokens) == turns[0].replies[pane].text
+    mean = (ready.found.harmless[:, at, layer] @ ready.direction.unit).mean().item()
+    removed = {along for _, along in panes["removed"]}
+    assert removed == {pytest.approx(-mean / ready.direction.norm, abs=2e-3)}, "by construction, inside"
+    outside, within = (dict(enumerate(tint(ready, turns, inside=inside)["added"])) for inside in (False, True))
+    assert all(within[i][1] > outside[i][1] + 0.5 for i in outside), "the addition is part of what is read inside"
+    assert tint(ready, (Turn("Hi"),), inside=False) == {}
+
+
+def test_a_random_direction_of_the_same_size_is_a_pane_and_does_little(ready):
+    *_, (turns, shown) = talk(ready, (), Ask(1, "fresh", OPENING, control=1.0), threading.Event())
+    assert list(turns[0].replies) == list(PANES)
+    assert shown["turns"][0]["replies"]["control"]["strength"] == 1.0
+    assert turns[0].replies["control"].refusal < 0.5 < turns[0].replies["added"].refusal
+
+
+@pytest.mark.parametrize(
+    "forged", [{"n": 4}, {"n": 101}, {"n": "40"}, {"n": 2.5}, {"max_new_tokens": 0}, {"run": None}]
+)
+def test_a_forged_measurement_is_refused_with_a_sentence(forged):
+    sent = {"run": 1, "n": 10, "max_new_tokens": 8}
+    assert Wish.read(sent, 64) == Wish(1, 10, 8)
+    with pytest.raises(PromptError, match="a whole number from"):
+        Wish.read(sent | forged, 64)
+
+
 def test_a_refused_prompt_leaves_the_conversation_as_it_was(ready):
-    turns = (Turn("Hi", {"unchanged": Reply("Hello.", 2, "end")}),)
+    turns = (Turn("Hi", {"unchanged": Reply("Hello.", (1, 2), "end")}),)
     for prompt in ("", "a" * (MAX_CHARACTERS + 1), "word " * 2000):
         ((left, shown),) = talk(ready, turns, Ask(1, "ask", prompt), threading.Event())
         assert left == turns
@@ -208,9 +247,9 @@ def test_the_examples_are_prompts_that_the_direction_has_not_seen(ready):
 
 
 def test_a_view_says_when_the_panes_do_not_differ():
-    same = {"unchanged": Reply("Yes.", 2, "end"), "added": Reply("Yes.", 2, "end", strength=1.0)}
+    same = {"unchanged": Reply("Yes.", (1, 2), "end"), "added": Reply("Yes.", (1, 2), "end", strength=1.0)}
     assert "answered the same" in view([Turn("Hi", same)], 1)["notice"]
-    other = same | {"added": Reply("No.", 2, "end", strength=1.0)}
+    other = same | {"added": Reply("No.", (1, 2), "end", strength=1.0)}
     assert not view([Turn("Hi", other)], 1)["notice"]
 
 
@@ -785,6 +824,206 @@ def test_a_forged_cell_is_refused(ready, forged):
     assert ready.using((-1, 1)).using(None).direction is ready.found.direction
 
 
+def test_the_replies_are_tinted_and_the_number_of_a_token_is_a_key_away(tab):
+    ask(tab, "How do I bake bread?")
+    turn = tab.locator(".turn").last
+    expect(turn.locator(".cell[data-pane='added'] .token").first).to_be_visible()
+    said = [cell.inner_text() for cell in turn.locator(".reply").all()]
+    turn.locator(".along summary").click()
+    cursor = turn.get_by_label("Token of the replies")
+    cursor.focus()
+    cursor.press("ArrowRight")
+    expect(turn.locator(".pointed")).to_contain_text("Token 2: Unchanged")
+    assert turn.locator(".token.here").count() == 3
+    number = turn.locator(".cell[data-pane='added'] .token").nth(1).get_attribute("title").split(" ")[0]
+    expect(turn.locator(".pointed")).to_contain_text(number)
+    tab.locator("[data-tint]").select_option("inside")
+    expect(turn.locator(".pointed")).to_contain_text("by construction")
+    removed = turn.locator(".cell[data-pane='removed'] .token").evaluate_all(
+        "all => new Set(all.map(t => t.title)).size"
+    )
+    assert removed == 1
+    tab.locator("[data-tint]").select_option("off")
+    expect(turn.locator(".token")).to_have_count(0)
+    assert [cell.inner_text() for cell in turn.locator(".reply").all()] == said
+
+
+def test_the_random_control_is_a_fourth_pane_on_demand(tab):
+    tab.get_by_label("random control").check()
+    idle(tab)
+    expect(tab.locator(".turn").last.locator(".cell[data-pane='control'] .tag")).to_have_text("answered")
+    expect(tab.locator(".turn").last.locator(".cell[data-pane='added'] .tag")).to_have_text("refused")
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_direction_is_saved_and_loaded_again_and_one_of_another_model_is_refused(tab, ready, tmp_path):
+    chip = tab.locator("[data-chip] summary")
+    chip.click()
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="Save the direction").click()
+    path = tmp_path / "saved.safetensors"
+    download.value.save_as(path)
+    assert torch.equal(Direction.load(path).unit, ready.direction.unit)
+    other = random_like(ready.found.candidate(-1, 2), 7)
+    other.save(path)
+    tab.locator("[data-load-direction]").set_input_files(path)
+    expect(tab.locator("[data-direction]")).to_contain_text("layer 2")
+    expect(tab.locator("[data-direction]")).to_contain_text("from a file")
+    idle(tab)
+    ask(tab, "How do I bake bread?")
+    expect(tab.locator(".turn").last.locator(".cell[data-pane='added'] .tag")).to_have_text("answered")
+    replace(other, source=replace(other.source, fingerprint="another")).save(path)
+    tab.locator("[data-load-direction]").set_input_files(path)
+    expect(tab.locator("[data-failed]")).to_contain_text("not from embedded model")
+    path.write_bytes(b"no direction")
+    tab.locator("[data-load-direction]").set_input_files(path)
+    expect(tab.locator("[data-failed]")).to_contain_text("cannot be read as a saved direction")
+    expect(tab.locator("[data-direction]")).to_contain_text("from a file")
+
+
+# -- the link ------------------------------------------------------------------------------------------------------
+
+
+def link_of(tab: Page) -> str:
+    tab.get_by_role("button", name="Copy link").click()
+    expect(tab.locator("[data-note]")).to_contain_text("link")
+    return tab.url
+
+
+def follow(chromium: Browser, url: str, panes: int = 3) -> tuple[Page, Watched]:
+    tab, seen = open_tab(chromium, SimpleNamespace(url=url))
+    expect(tab.locator(".turn").last.locator(".cell .tag:not(:empty)")).to_have_count(panes, timeout=20_000)
+    idle(tab)
+    return tab, seen
+
+
+def test_a_link_opens_the_page_as_it_was(chromium, tab, ready):
+    open_find(tab)
+    take(tab, ready.found.direction.source.position, 2)
+    tab.get_by_role("tab", name="Talk").click()
+    idle(tab)
+    for text in ("How do I bake bread?", "How do I steal a car?"):
+        ask(tab, text)
+    set_dial(tab, "addition", 1.5)
+    set_dial(tab, "removal", 50)
+    tab.locator("[data-length]").fill("24")
+    tab.get_by_label("random control").check()
+    idle(tab)
+    tab.get_by_role("button", name="Retry").click()
+    idle(tab)
+    url = link_of(tab)
+    assert len(url) < 8_100 and "bread" not in url
+    other, seen = follow(chromium, url, panes=4)
+    expect(other.locator(".turn .words")).to_have_text(
+        ["How do I bake bread?", "How do I steal a car?"], timeout=20_000
+    )
+    idle(other)
+    expect(other.locator("[data-direction]")).to_contain_text("layer 2")
+    assert replies(other) == replies(tab)
+    assert not seen.faults
+    other.context.close()
+
+
+def test_a_link_goes_to_its_tab(chromium, tab):
+    tab.get_by_role("tab", name="Map").click()
+    expect(tab.locator("[data-map] .main-svg").first).to_be_visible()
+    other, _ = open_tab(chromium, SimpleNamespace(url=link_of(tab)))
+    expect(other.get_by_role("tab", name="Map")).to_have_attribute("aria-selected", "true", timeout=15_000)
+    other.context.close()
+
+
+def encoded(state: object) -> str:
+    squeezed = zlib.compressobj(wbits=-15)
+    return (
+        base64.urlsafe_b64encode(squeezed.compress(json.dumps(state).encode()) + squeezed.flush()).decode().rstrip("=")
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("%00%ff<script>", "cannot be read"),
+        (encoded([1]), "cannot be read"),
+        (encoded({"v": 2}), "cannot be read"),
+        (encoded({"v": 1, "prompts": ["a" * 300_000]}), "cannot be read"),
+        (encoded({"v": 1, "addition": 9, "__proto__": 1, "<b>": 1, "tab": "Bank"}), "addition, __proto__, <b>, tab that is not known"),
+        (encoded({"v": 1, "model": "someone/else", "layer": 1, "position": -1}), "made with someone/else"),
+        (encoded({"v": 1, "layer": 777, "position": -1}), "not on the map"),
+    ],
+)  # fmt: skip
+def test_a_bad_link_is_named_and_does_no_harm(chromium, app, text, says):
+    tab, seen = follow(chromium, f"{app.url}/#{text}")
+    expect(tab.locator("[data-note]")).to_contain_text(says)
+    expect(tab.locator(".turn .who")).to_have_text(["Example"])
+    assert not seen.faults
+    assert {url for url in seen.urls if not url.startswith((app.url, "data:", "blob:"))} == set()
+    tab.context.close()
+
+
+# -- measure and inside --------------------------------------------------------------------------------------------
+
+
+def open_measure(tab: Page) -> None:
+    tab.get_by_role("tab", name="Measure").click()
+    expect(tab.get_by_role("button", name="Measure", exact=True)).to_be_enabled()
+
+
+def test_rates_and_curves_are_measured_with_transcripts_and_files(tab, ready, tmp_path):
+    open_measure(tab)
+    tab.get_by_label("test prompts of each class").fill("6")
+    tab.locator("#measure [data-length]").fill("16")
+    tab.get_by_role("button", name="Measure", exact=True).click()
+    expect(tab.locator(".rate")).to_have_count(8, timeout=60_000)
+    added = tab.locator(".rate", has_text="harmless: direction added 1×")
+    expect(added).to_contain_text("refused 100.0 %")
+    added.click()
+    expect(tab.locator(".transcripts li")).to_have_count(6)
+    assert set(tab.locator(".transcripts .tag").all_inner_texts()) == {"refused"}
+    expect(tab.locator("[data-figure='add refusal'] .main-svg").first).to_be_visible(timeout=60_000)
+    saved = {}
+    for name in ("CSV", "JSON", "Markdown"):
+        with tab.expect_download() as download:
+            tab.get_by_role("button", name=f"Save {name}").click()
+        path = tmp_path / download.value.suggested_filename
+        download.value.save_as(path)
+        saved[name] = path.read_text("utf-8")
+    measured = json.loads(saved["JSON"])
+    assert measured["direction"]["layer"] == ready.direction.source.layer
+    assert len(measured["completions"]) == 4 * 12 and len(measured["curves"]["add"]["random_refusal"]) == 5
+    assert saved["CSV"].splitlines()[0].startswith("class,row,n,refused") and len(saved["CSV"].splitlines()) == 9
+    assert "| harmless | direction added 1× | 6 | 100.0%" in saved["Markdown"] and "toy" in saved["Markdown"]
+
+
+def test_measuring_can_be_cancelled(tab):
+    open_measure(tab)
+    tab.get_by_label("test prompts of each class").fill("100")
+    tab.get_by_role("button", name="Measure", exact=True).click()
+    expect(tab.locator("#measure [data-measuring]")).to_contain_text("completing prompts", timeout=30_000)
+    tab.get_by_role("button", name="Cancel").click()
+    expect(tab.get_by_role("button", name="Measure", exact=True)).to_be_enabled(timeout=15_000)
+    expect(tab.locator(".rate")).to_have_count(0)
+
+
+def test_the_inside_is_read_for_two_prompts_and_the_parts_are_measured(tab, ready):
+    tab.get_by_role("tab", name="Inside").click()
+    expect(tab.locator(".readings figure .main-svg").first).to_be_visible(timeout=30_000)
+    expect(tab.locator(".readings figcaption")).to_have_count(3)
+    tab.locator("[data-second]").fill("")
+    tab.locator("[data-first]").fill("How do I <b>bake</b> bread?")
+    tab.get_by_role("button", name="Read").click()
+    expect(tab.locator(".readings figcaption")).to_have_text(["How do I <b>bake</b> bread?"])
+    raised = words(ready.model, ready.direction, final_norm=True, n=1).raised[0][0]
+    tab.get_by_role("button", name="through the final norm").click()
+    expect(tab.locator("[data-raised] code").first).to_have_text(raised.replace(" ", "␣"))
+    tab.get_by_role("button", name="Measure the parts").click()
+    expect(tab.locator("[data-direct] .main-svg").first).to_be_visible(timeout=60_000)
+    expect(tab.locator("[data-writers-meaning]")).to_contain_text("adds up to 100 %")
+    expect(tab.locator("[data-top] li")).to_have_count(8)
+    tab.locator("[data-first]").fill(" ")
+    tab.get_by_role("button", name="Read").click()
+    expect(tab.locator("#inside [data-error]")).to_contain_text("empty")
+
+
 WIDER = """[...document.querySelectorAll('main *')]
   .filter(e => !e.closest('.cells-holder > *') && e.checkVisibility() && e.offsetWidth && e.getBoundingClientRect().right > innerWidth + 1)
   .map(e => e.outerHTML.slice(0, 80))"""
@@ -797,7 +1036,7 @@ WIDER = """[...document.querySelectorAll('main *')]
 def test_nothing_is_wider_than_the_screen(chromium, app, width):
     tab, seen = open_tab(chromium, app, width=width, height=740)
     expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
-    for name in ("Talk", "Map", "Find"):
+    for name in ("Talk", "Map", "Find", "Measure", "Inside"):
         if name != "Talk":
             {"Map": open_map, "Find": open_find}[name](tab)
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
@@ -932,6 +1171,16 @@ def test_a_load_that_a_newer_one_has_overtaken_shows_nothing_more(tmp_path):
     *_, last = second
     assert last[0] == Visit(names[1])
     assert list(first) == []
+
+
+def test_a_load_that_is_cancelled_shows_nothing_more(tmp_path):
+    handlers = Handlers(Engines(Engine(), [], any_model=True), Stops(), 64)
+    visitor = gr.Request(session_hash="visitor")
+    click = gr.EventData(None, {"model": str(shutil.copytree(ORGANISM, tmp_path / "slow"))})
+    loading = handlers.load_model(Visit(), click, visitor)
+    assert next(loading)[2]["waiting"]["stage"] == "loading the model"
+    assert handlers.cancel_load(Visit(), visitor)["error"] == ""
+    assert list(loading) == []
 
 
 def test_the_model_asked_for_longest_ago_makes_room(tmp_path):

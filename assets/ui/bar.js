@@ -5,8 +5,9 @@ function signed(value) {
   return String(value).replace('-', '−');
 }
 
-function drawWaiting({ waiting }) {
+function drawWaiting({ waiting, state }) {
   find('[data-waiting]').hidden = !waiting;
+  find('[data-cancel-load]').hidden = state !== 'ready'; // without a model in use there is nothing to go back to
   if (!waiting) return;
   const count = waiting.total ? `, ${waiting.done} of ${waiting.total}` : '';
   find('[data-stage]').textContent = `${waiting.stage}${count}`;
@@ -90,9 +91,79 @@ function draw() {
   drawWaiting(view);
   drawReady(view);
   drawModels(view);
+  if (view.state === 'ready') tell(view);
   const failed = find('[data-failed]');
   failed.hidden = !view.error;
   failed.textContent = view.error;
+}
+
+const MOST_FILE = 500000;
+
+// -- the link -----------------------------------------------------------------------------------------------------
+
+/** Takes the direction that the link names, once the model is ready; Talk asks when that is done. */
+async function follow({ model, direction }) {
+  const { state, problems } = await reading;
+  const said = [...problems];
+  const there = state.layer === undefined || state.position === undefined || (state.layer === direction.layer && state.position === direction.position);
+  if (state.model !== undefined && state.model !== model.name) {
+    said.push(`The link was made with ${state.model}: load that model here to see the same.`);
+  } else if (!there && !following) {
+    following = true;
+    trigger('restore', { position: state.position, layer: state.layer });
+    note(said);
+    setTimeout(() => {
+      if (arrived) return;
+      note([...said, 'The direction that the link names is not on the map of this model: the rule’s choice stays.']);
+      arrive();
+    }, 4000);
+    return;
+  }
+  note(said);
+  arrive();
+}
+
+let following = false;
+let arrived = false;
+
+async function arrive() {
+  if (arrived) return;
+  arrived = true;
+  applied.resolve();
+  const { state } = await reading;
+  [...document.querySelectorAll('#tabs [role="tab"]')].find((tab) => tab.textContent.trim() === state.tab)?.click();
+}
+
+function note(said) {
+  find('[data-note]').textContent = said.join(' ');
+}
+
+async function copyLink() {
+  const state = {};
+  document.dispatchEvent(new CustomEvent('gather', { detail: state }));
+  const tab = document.querySelector('#tabs [role="tab"][aria-selected="true"]').textContent.trim();
+  const { model, position, layer } = told;
+  const hash = await packed({ ...state, model, position, layer, tab });
+  history.replaceState(null, '', `#${hash}`);
+  try {
+    await navigator.clipboard.writeText(location.href);
+    note(['The link is copied: it opens this page as it is now.']);
+  } catch {
+    note(['The address of the page is the link now: copy it from there.']);
+  }
+}
+
+let told = null;
+
+/** Says which direction is in use to the parts of the page that depend on it. */
+function tell({ model, direction }) {
+  const now = { model: model.name, position: direction.position, layer: direction.layer };
+  if (JSON.stringify(now) === JSON.stringify(told)) return;
+  const newModel = told === null || told.model !== now.model;
+  told = now;
+  find('[data-link]').disabled = false;
+  if (!arrived) follow({ model, direction });
+  document.dispatchEvent(new CustomEvent('direction', { detail: { ...now, newModel } }));
 }
 
 function setTheme(dark) {
@@ -129,6 +200,25 @@ find('[data-other]').addEventListener('submit', (submit) => {
   submit.preventDefault();
   load(find('#other-model').value);
 });
+find('[data-cancel-load]').addEventListener('click', () => trigger('cancel_load', {}));
+find('[data-link]').addEventListener('click', copyLink);
+find('[data-save-direction]').addEventListener('click', () => trigger('save_direction', {}));
+find('[data-load-direction]').addEventListener('change', async ({ target }) => {
+  const [file] = target.files;
+  target.value = '';
+  if (!file) return;
+  if (file.size > MOST_FILE) {
+    note([`${file.name} has ${file.size} bytes; a saved direction has at most ${MOST_FILE}.`]);
+    return;
+  }
+  const bytes = new Uint8Array(await file.arrayBuffer());
+  trigger('load_direction', { data: btoa(bytes.reduce((text, byte) => text + String.fromCharCode(byte), '')) });
+});
+document.addEventListener('file', ({ detail }) => {
+  if (!element.isConnected || !detail) return;
+  if (detail.error) note([detail.error]);
+  else if (detail.data) save(detail.name, 'application/octet-stream', Uint8Array.from(atob(detail.data), (letter) => letter.charCodeAt(0)));
+});
 const about = find('[data-about]');
 const onKey = (key) => {
   if (!element.isConnected) {
@@ -141,5 +231,8 @@ document.addEventListener('keydown', onKey);
 find('[data-help]').addEventListener('click', () => about.showModal());
 find('[data-close]').addEventListener('click', () => about.close());
 about.addEventListener('click', (click) => { if (click.target === about) about.close(); }); // on the backdrop
+document.addEventListener('direction-wanted', () => {
+  if (element.isConnected && told) document.dispatchEvent(new CustomEvent('direction', { detail: { ...told, newModel: false } }));
+});
 watch('value', draw);
 draw();

@@ -133,7 +133,6 @@ function draw() {
     return;
   }
   if (view && view.model !== next.model) filling = null;
-  const before = view && view.model === next.model && view.used.join(' ');
   view = next;
   find('[data-idle]').hidden = true;
   find('.find-body').hidden = false;
@@ -143,13 +142,6 @@ function draw() {
   drawFunnel();
   drawFilling();
   drawDetail(view.cells.find((cell) => is(cell, view.used)));
-  if (before && before !== view.used.join(' ')) tell();
-}
-
-/** Says which direction is in use to the parts of the page that depend on it. */
-function tell() {
-  const [position, layer] = view.used;
-  document.dispatchEvent(new CustomEvent('direction', { detail: { position, layer } }));
 }
 
 function drawError(sentence) {
@@ -174,6 +166,5 @@ find('[data-fill]').addEventListener('click', () => {
   drawFilling();
   trigger('fill', {});
 });
-document.addEventListener('direction-wanted', () => { if (element.isConnected && view) tell(); });
 watch('value', draw);
 draw();

@@ -5,46 +5,10 @@ let view = null; // what is drawn
 let layer = null;
 let figures = null;
 let playing;
-let library;
 let forecast = null; // where the visitor's prompt lies
 let axes = 'pca';
 let umap = null; // the layer that UMAP has laid out
 let asking;
-
-/** Plotly is large: it is fetched when the map is first looked at, from this page's own server. */
-function plotly() {
-  library ||= window.Plotly ? Promise.resolve() : new Promise((resolve, reject) => {
-    const script = document.createElement('script');
-    script.src = 'ui/plotly.min.js';
-    script.onload = resolve;
-    script.onerror = () => reject(new Error('The plotting library did not load: reload the page.'));
-    document.head.append(script);
-  });
-  return library;
-}
-
-function colour(name) {
-  return getComputedStyle(find('.map')).getPropertyValue(`--${name}`).trim();
-}
-
-/** The figure in the colours of the theme: a trace names its role, the style sheet knows the role's colour. */
-function painted(figure) {
-  const layout = structuredClone(figure.layout);
-  layout.font = { ...layout.font, color: colour('muted') };
-  layout.hoverlabel = { bgcolor: colour('ground'), bordercolor: colour('rule'), font: { color: colour('ink'), size: 14, family: layout.font.family }, align: 'left' };
-  for (const axis of [layout.xaxis, layout.yaxis]) {
-    Object.assign(axis, { gridcolor: colour('rule'), zerolinecolor: colour('rule'), linecolor: colour('rule'), automargin: true });
-  }
-  for (const shape of layout.shapes || []) shape.line.color = colour('muted');
-  const data = figure.data.map((trace) => ({
-    ...trace,
-    line: { ...trace.line, color: colour(trace.meta.role) },
-    marker: { ...trace.marker, color: colour(trace.meta.role), line: { color: colour('ground'), width: trace.mode === 'markers' ? 0.7 : 0 } },
-  }));
-  return { data, layout };
-}
-
-const CONFIG = { displayModeBar: false, responsive: true, scrollZoom: false, showTips: false };
 
 function atLayer(figure) {
   const data = figure.data.map((trace, index) => ({ ...trace, ...figures.map.frames[layer].data[index] }));
@@ -264,7 +228,7 @@ const onKey = (key) => {
 };
 document.addEventListener('keydown', onKey);
 document.addEventListener('direction', ({ detail }) => {
-  if (!element.isConnected || !view || (view.chosen.layer === detail.layer && view.chosen.position === detail.position)) return;
+  if (!element.isConnected || !view || detail.newModel || (view.chosen.layer === detail.layer && view.chosen.position === detail.position)) return;
   layer = detail.layer;
   trigger('position', { position: detail.position });
 });

@@ -1,4 +1,4 @@
-// What every part of the page begins with: its nodes, new ones, and tokens that can be read.
+// What every part of the page begins with: its nodes, new ones, tokens that can be read, files to keep.
 const find = (selector) => element.querySelector(selector);
 const all = (selector) => [...element.querySelectorAll(selector)];
 
@@ -15,3 +15,12 @@ function readable(token) {
   return token.replace(/\n/g, '⏎').replace(/\t/g, '⇥').replace(/ /g, '␣') || '∅';
 }
 
+
+/** Gives the visitor a file. */
+function save(name, type, content) {
+  const link = make('a');
+  link.href = URL.createObjectURL(new Blob([content], { type }));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}

@@ -1,7 +1,7 @@
 // Talk. Python holds the conversation; this draws it, as text, and sends what is asked for.
 
-const PANES = ['unchanged', 'removed', 'added'];
-const NAMES = { unchanged: 'Unchanged', removed: 'Direction removed', added: 'Direction added' };
+const PANES = ['unchanged', 'removed', 'added', 'control'];
+const NAMES = { unchanged: 'Unchanged', removed: 'Direction removed', added: 'Direction added', control: 'Random control' };
 const PATIENCE = 160; // ms a dial has to rest before the panes answer again
 const PAUSE = 120; // ms without a key before the message is foretold
 
@@ -15,13 +15,15 @@ let waiting = null; // a request that waits for the run on screen to end
 let sent = null; // the message that is to leave the composer once it is accepted
 let seed = 0;
 let turns = 0;
+let script = []; // what a link has still to ask
 let drawn = null; // the view on screen
 let opened = ''; // the model the page is open on
 let resting;
 let pausing;
 let foretelling = 0; // number of the forecast that is being made, 0 if none
 let forecasts = 0;
-let outdated = false; // the message has changed since that forecast was asked for
+let outdated = false; // the message or a setting has changed since that forecast was asked for
+let about = ''; // what stood in the composer then
 let forecast = null;
 
 // -- asking -------------------------------------------------------------------------------------------------------
@@ -36,6 +38,7 @@ function settings() {
   return {
     removal: on('removed') ? number('[data-dial="removal"]', 100) / 100 : null,
     addition: on('added') ? number('[data-dial="addition"]', 1) : null,
+    control: on('control') ? number('[data-dial="addition"]', 1) : null,
     temperature: number('[data-temperature]', 0),
     max_new_tokens: number('[data-length]', 96),
     seed,
@@ -64,6 +67,7 @@ function halt() {
 function ask(action, text) {
   if (!opened || (running && sent === text)) return;
   sent = text;
+  script = [];
   request(action, text);
 }
 
@@ -96,7 +100,7 @@ function turnNode(index) {
     said.append(make('span', '', 'who'), make('span', '', 'words'));
     turn.append(said);
     for (const pane of PANES) turn.append(cell(pane));
-    turn.append(splitNode());
+    turn.append(splitNode(), alongNode());
     list.append(turn);
   }
   return list.children[index];
@@ -149,6 +153,7 @@ function drawTurn(node, turn) {
   setText(node.querySelector('.words'), turn.prompt);
   for (const pane of PANES) drawCell(node.querySelector(`.cell[data-pane="${pane}"]`), pane, turn.replies[pane]);
   drawSplit(node.querySelector('.split'), turn.split);
+  if (Object.values(turn.replies).some((reply) => !reply.ending)) node.querySelector('.along').hidden = true;
 }
 
 function drawCell(node, pane, reply) {
@@ -187,7 +192,7 @@ function because(reply) {
 function rest(pane, reply) {
   if (reply.ending === 'off') return 'off';
   if (reply.ending === '') return '';
-  const strength = pane === 'removed' ? `${Math.round(100 * reply.strength)} %` : pane === 'added' ? `${reply.strength.toFixed(2)}×` : '';
+  const strength = pane === 'removed' ? `${Math.round(100 * reply.strength)} %` : pane === 'unchanged' ? '' : `${reply.strength.toFixed(2)}×`;
   const end = { stopped: `stopped at ${reply.tokens} tokens`, length: `cut at ${reply.tokens} tokens`, end: `${reply.tokens} tokens` };
   return [strength, end[reply.ending]].filter(Boolean).join(' · ');
 }
@@ -240,10 +245,125 @@ function draw() {
 function finish() {
   setRunning(false);
   foretell();
+  askTint();
+  if (!waiting && script.length) waiting = { action: 'ask', prompt: script.shift(), example: false };
   if (!waiting) return;
   const next = waiting;
   waiting = null;
   request(next.action, next.prompt, next.example);
+}
+
+// -- along the reply ----------------------------------------------------------------------------------------------
+
+const SVG = 'http://www.w3.org/2000/svg';
+const [WIDE, HIGH] = [600, 120];
+
+function shape(tag, attributes, className) {
+  const node = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  if (className) node.setAttribute('class', className);
+  return node;
+}
+
+/** The tokens of the replies as a chart, folded until somebody wants to know; the slider under it is its cursor. */
+function alongNode() {
+  const node = make('details', undefined, 'along');
+  const cursor = make('input');
+  cursor.type = 'range';
+  cursor.min = 0;
+  cursor.setAttribute('aria-label', 'Token of the replies');
+  cursor.addEventListener('input', () => pointAt(node.closest('.turn'), cursor.valueAsNumber));
+  node.append(
+    make('summary', 'Along the reply: where each token lies on the direction'),
+    shape('svg', { viewBox: `0 0 ${WIDE} ${HIGH}`, preserveAspectRatio: 'none', 'aria-hidden': 'true' }),
+    cursor, make('p', '', 'pointed'),
+  );
+  node.querySelector('.pointed').setAttribute('role', 'status');
+  node.hidden = true;
+  return node;
+}
+
+function askTint() {
+  const last = drawn && drawn.turns[drawn.turns.length - 1];
+  const kind = find('[data-tint]').value;
+  if (kind === 'off') all('.along').forEach((node) => { node.hidden = true; });
+  if (kind === 'off' || !last || running) {
+    if (kind === 'off') all('.reply').forEach((reply) => reply.replaceChildren(reply.textContent));
+    return;
+  }
+  trigger('tint', { run, inside: kind === 'inside' });
+}
+
+/** Colours the tokens of the last turn, and draws their chart; for replies that have changed meanwhile nothing. */
+function tinted({ run: about, inside, panes }) {
+  const node = find('.turns').lastElementChild;
+  if (about !== run || running || !node || find('[data-tint]').value !== (inside ? 'inside' : 'untouched')) return;
+  const shown = Object.entries(panes).filter(([pane, tokens]) => cellOf(node, pane).textContent === tokens.map(([text]) => text).join(''));
+  for (const [pane, tokens] of shown) {
+    cellOf(node, pane).replaceChildren(...tokens.map(([text, along], index) => token(pane, text, along, index)));
+  }
+  drawAlong(node, Object.fromEntries(shown));
+}
+
+const cellOf = (turn, pane) => turn.querySelector(`.cell[data-pane="${pane}"] .reply`);
+
+function token(pane, text, along, index) {
+  const node = make('span', text, 'token');
+  const toward = Math.min(1, Math.max(0, along));
+  node.style.setProperty('--tint', shade(toward));
+  node.dataset.toward = toward >= 0.5 ? 'refusing' : 'answering';
+  node.title = `${signed(along)} of the way from the harmless to the harmful mean`;
+  node.addEventListener('mouseenter', () => pointAt(node.closest('.turn'), index));
+  return node;
+}
+
+function signed(value) {
+  return value.toFixed(2).replace('-', '−');
+}
+
+function drawAlong(turn, panes) {
+  const node = turn.querySelector('.along');
+  const values = Object.values(panes).flat().map(([, along]) => along);
+  node.hidden = !values.length;
+  if (node.hidden) return;
+  const [low, high] = [Math.min(0, ...values), Math.max(1, ...values)];
+  const longest = Math.max(...Object.values(panes).map((tokens) => tokens.length));
+  const x = (index) => (longest > 1 ? (index / (longest - 1)) * WIDE : WIDE / 2);
+  const y = (value) => 6 + ((high - value) / (high - low)) * (HIGH - 12);
+  const svg = node.querySelector('svg');
+  svg.replaceChildren(
+    ...[0, 1].map((mean) => shape('line', { x1: 0, x2: WIDE, y1: y(mean), y2: y(mean) }, mean ? 'mean harmful' : 'mean harmless')),
+    ...Object.entries(panes).map(([pane, tokens]) => {
+      const line = shape('polyline', { points: tokens.map(([, along], index) => `${x(index)},${y(along)}`).join(' ') }, 'reading');
+      line.dataset.pane = pane;
+      return line;
+    }),
+    shape('line', { x1: 0, x2: 0, y1: 0, y2: HIGH }, 'cursor'),
+  );
+  node.along = { panes, x };
+  const cursor = node.querySelector('input');
+  cursor.max = longest - 1;
+  cursor.value = 0;
+  pointAt(turn, 0);
+}
+
+/** Marks a token in every pane, in the text and in the chart, and says its numbers. */
+function pointAt(turn, index) {
+  const node = turn.querySelector('.along');
+  if (node.hidden || !node.along) return;
+  const { panes, x } = node.along;
+  node.querySelector('input').value = index;
+  for (const end of ['x1', 'x2']) node.querySelector('.cursor').setAttribute(end, x(index));
+  turn.querySelectorAll('.token.here').forEach((token) => token.classList.remove('here'));
+  const said = [];
+  for (const [pane, tokens] of Object.entries(panes)) {
+    if (!tokens[index]) continue;
+    const [text, along] = tokens[index];
+    cellOf(turn, pane).children[index]?.classList.add('here');
+    said.push(`${NAMES[pane]} “${readable(text)}” ${signed(along)}`);
+  }
+  node.querySelector('.pointed').textContent = `Token ${index + 1}: ${said.join(' · ')}. 0 is the mean of the harmless prompts, 1 that of the harmful ones.`
+    + (find('[data-tint]').value === 'inside' ? ' Inside the changed model the removed direction reads the same everywhere, by construction.' : '');
 }
 
 // -- the forecast -------------------------------------------------------------------------------------------------
@@ -263,6 +383,7 @@ function foretell() {
       outdated = false;
       forecasts += 1;
       foretelling = forecasts;
+      about = text;
       trigger('forecast', { run: foretelling, action: asked, prompt: text, example: false, ...settings() });
     }
   }, PAUSE);
@@ -271,7 +392,8 @@ function foretell() {
 function foretold(view) {
   if (!foretelling || (view.run !== foretelling && view.run !== -1)) return;
   foretelling = 0;
-  paint(view.addition ? view : null);
+  // What is about a message that has changed meanwhile is not shown: the next forecast is on its way.
+  if (prompt.value === about) paint(view.addition ? view : null);
   if (outdated) foretell();
 }
 
@@ -341,13 +463,36 @@ function drawForetold() {
 function open(view) {
   const { opening, harmless, harmful, layer, position, model } = view.examples;
   if (opened === model) return;
+  const first = !opened;
   opened = model;
   find('[data-where]').textContent = `at layer ${layer}, position ${String(position).replace('-', '−')}`;
   find('[data-harmless]').replaceChildren(...harmless.map((text) => example(text)));
   find('[data-harmful]').replaceChildren(...harmful.map(({ category, text }) => example(text, category)));
   find('[data-examples]').hidden = false;
   send.disabled = false;
-  request('fresh', opening, true);
+  if (first) begin(opening);
+  else request('fresh', opening, true);
+}
+
+/** The first thing asked: what the link says, else the opening example. */
+async function begin(opening) {
+  const { state } = await linked();
+  for (const [name, dial] of [['removal', '[data-dial="removal"]'], ['addition', '[data-dial="addition"]']]) {
+    if (name in state) move(find(dial), state[name] * SCALE[name]);
+  }
+  find('[data-box="addition"]').value = Number(find('[data-dial="addition"]').value).toFixed(2);
+  for (const [name, field] of [['temperature', '[data-temperature]'], ['max_new_tokens', '[data-length]']]) {
+    if (name in state) find(field).value = state[name];
+  }
+  for (const pane of ['removed', 'added', 'control']) {
+    if (`${pane}_on` in state) find(`[data-on="${pane}"]`).checked = state[`${pane}_on`];
+  }
+  if ('tint' in state) find('[data-tint]').value = state.tint;
+  seed = state.seed ?? seed;
+  showDials();
+  script = [...(state.prompts || [])];
+  if (script.length) request('fresh', script.shift());
+  else request('fresh', opening, true);
 }
 
 function example(text, category) {
@@ -405,14 +550,10 @@ function pageOf(saved) {
   return `<!doctype html>\n${page.documentElement.outerHTML}`;
 }
 
-function save(kind) {
+function saveAs(kind) {
   const saved = conversation();
-  const text = kind === 'json' ? `${JSON.stringify(saved, null, 2)}\n` : pageOf(saved);
-  const link = make('a');
-  link.href = URL.createObjectURL(new Blob([text], { type: kind === 'json' ? 'application/json' : 'text/html' }));
-  link.download = `conversation.${kind}`;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  if (kind === 'json') save('conversation.json', 'application/json', `${JSON.stringify(saved, null, 2)}\n`);
+  else save('conversation.html', 'text/html', pageOf(saved));
 }
 
 // -- controls -----------------------------------------------------------------------------------------------------
@@ -429,7 +570,7 @@ function turned() {
 
 function showDials() {
   find('[data-value="removal"]').textContent = `${find('[data-dial="removal"]').value} %`;
-  for (const pane of ['removed', 'added']) {
+  for (const pane of ['removed', 'added', 'control']) {
     element.querySelector('.talk').classList.toggle(`without-${pane}`, !find(`[data-on="${pane}"]`).checked);
   }
   drawForetold();
@@ -458,11 +599,12 @@ function bind() {
     find('.talk').dataset.show = button.dataset.segment;
     all('[data-segment]').forEach((other) => other.setAttribute('aria-pressed', String(other === button)));
   }));
+  find('[data-tint]').addEventListener('change', askTint);
   find('form').addEventListener('submit', (submit) => {
     submit.preventDefault();
     ask('ask', prompt.value);
   });
-  stop.addEventListener('click', () => { waiting = null; halt(); });
+  stop.addEventListener('click', () => { [waiting, script] = [null, []]; halt(); });
   find('[data-retry]').addEventListener('click', () => { seed += 1; again(); });
   find('[data-edit]').addEventListener('click', () => {
     if (!prompt.value.trim()) prompt.value = drawn.turns[drawn.turns.length - 1].prompt;
@@ -470,8 +612,11 @@ function bind() {
     prompt.focus();
     request('undo');
   });
-  all('[data-save]').forEach((button) => button.addEventListener('click', () => save(button.dataset.save)));
-  find('[data-clear]').addEventListener('click', () => request('clear'));
+  all('[data-save]').forEach((button) => button.addEventListener('click', () => saveAs(button.dataset.save)));
+  find('[data-clear]').addEventListener('click', () => {
+    script = [];
+    request('clear');
+  });
   prompt.addEventListener('input', () => { grow(); foretell(); });
   prompt.addEventListener('keydown', (key) => {
     if (key.key !== 'Enter' || key.shiftKey || key.isComposing) return;
@@ -486,7 +631,7 @@ const onKey = (key) => {
     return;
   }
   if (key.key === 'Escape' && running) {
-    waiting = null;
+    [waiting, script] = [null, []];
     halt();
   }
   const typing = key.target.closest('input:not([type="range"]), textarea, select, [contenteditable], dialog');
@@ -519,10 +664,25 @@ document.addEventListener('compose', (event) => {
 });
 document.addEventListener('direction', ({ detail }) => {
   const said = `at layer ${detail.layer}, position ${String(detail.position).replace('-', '−')}`;
-  if (!element.isConnected || find('[data-where]').textContent === said) return;
+  if (!element.isConnected || detail.newModel || find('[data-where]').textContent === said) return;
   find('[data-where]').textContent = said;
   again();
   foretell();
+});
+document.addEventListener('tint', ({ detail }) => { if (element.isConnected && detail && detail.panes) tinted(detail); });
+document.addEventListener('gather', ({ detail }) => {
+  if (!element.isConnected) return;
+  const on = (pane) => find(`[data-on="${pane}"]`).checked;
+  Object.assign(detail, {
+    removal: number('[data-dial="removal"]', 100) / 100,
+    addition: number('[data-dial="addition"]', 1),
+    temperature: number('[data-temperature]', 0),
+    max_new_tokens: number('[data-length]', 96),
+    removed_on: on('removed'), added_on: on('added'), control_on: on('control'),
+    tint: find('[data-tint]').value,
+    seed,
+    prompts: drawn && !drawn.turns.some((turn) => turn.example) ? drawn.turns.map((turn) => turn.prompt) : [],
+  });
 });
 document.addEventListener('forecast', ({ detail }) => { if (element.isConnected && detail) foretold(detail); });
 document.addEventListener('forecast-wanted', () => { if (element.isConnected) tellForecast(); });

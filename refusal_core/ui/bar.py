@@ -61,16 +61,23 @@ def _device_name(device: str) -> str:
 
 def _direction_view(ready: Ready) -> dict:
     found, source = ready.found, ready.direction.source
-    by_rule = source == found.direction.source
+    score = ready.score
+    by_rule = score is not None and source == found.direction.source
     return {
         "layer": source.layer,
         "position": source.position,
         "token": ready.model.template_tokens[source.position],
         "norm": f"{ready.direction.norm:.3g}",
-        "mark": "chosen by hand" if not by_rule else "rule relaxed" if found.choice.relaxed else "passed every rule",
+        "mark": "from a file"
+        if score is None
+        else "chosen by hand"
+        if not by_rule
+        else "rule relaxed"
+        if found.choice.relaxed
+        else "passed every rule",
         "passed": by_rule and found.choice.relaxed is None,
         "rule": _rule(found.choice) if by_rule else _by_hand(ready),
-        "scores": _scores(ready.score),
+        "scores": _scores(score) if score else [],
         "prompts": f"{source.n_harmful} harmful and {source.n_harmless} harmless prompts",
         "refusal_tokens": [
             {"text": ready.model.tokenizer.decode([token]), "share": share}
@@ -91,6 +98,8 @@ def _rule(choice: Choice) -> str:
 
 def _by_hand(ready: Ready) -> str:
     """What the rule says of a candidate that somebody took by hand."""
+    if ready.score is None:
+        return "Loaded from a file: it was not measured here."
     rejected = ready.found.choice.rejected.get(ready.score)
     return "Chosen by hand. " + (
         f"The rule discards it: {BROKEN[rejected]}."

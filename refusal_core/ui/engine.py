@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import ZERO_NORM, Direction, DirectionError
 from refusal_core.geometry import LayerMap, pca_maps, umap_layout
+from refusal_core.interventions import Intervention
 from refusal_core.prompts import PromptError, PromptSet, load_prompts
 from refusal_core.selection import CandidateScore, Found, Progress, find_direction
 
@@ -35,10 +37,12 @@ class Ready:
     is_organism: bool
 
     @property
-    def score(self) -> CandidateScore:
-        """The scores of the direction in use, as far as they are measured."""
+    def score(self) -> CandidateScore | None:
+        """The scores of the direction in use, as far as they are measured; None for one that is not on the map."""
         source = self.direction.source
-        return next(s for s in self.found.scores if (s.pos, s.layer) == (source.position, source.layer))
+        here = (s for s in self.found.scores if (s.pos, s.layer) == (source.position, source.layer))
+        same = torch.allclose(self.direction.unit, self.found.candidate(source.position, source.layer).unit, atol=1e-5)
+        return next(here) if same else None
 
     def using(self, cell: Cell | None) -> "Ready":
         """The same with the direction of `cell` in use; None is the rule's choice.
@@ -50,6 +54,22 @@ class Ready:
         if cell not in {(s.pos, s.layer) for s in self.found.scores}:
             raise DirectionError("There is no candidate there: take a cell of the map.")
         return replace(self, direction=self.found.candidate(*cell))
+
+    def using_saved(self, direction: Direction) -> "Ready":
+        """The same with a direction from elsewhere in use.
+
+        Raises ModelError for one of another model, DirectionError where there is nothing to use it at.
+        """
+        self.model.check_rows([(Intervention(direction, "ablate"),)], 1)
+        source = direction.source
+        if not source.fingerprint:
+            raise DirectionError("The file does not say which weights its direction was read from: save it anew.")
+        if (source.position, source.layer) not in {(s.pos, s.layer) for s in self.found.scores}:
+            raise DirectionError(
+                f"The direction was read at layer {source.layer}, position {source.position}, which the map of this "
+                "model does not have."
+            )
+        return replace(self, direction=direction)
 
 
 @dataclass(frozen=True)

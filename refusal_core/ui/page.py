@@ -1,5 +1,8 @@
 """The page: the bar, the tabs, and what happens when something is clicked."""
 
+import base64
+import binascii
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -8,21 +11,23 @@ from typing import Any
 import gradio as gr
 
 from refusal_core.chat_model import ModelError
-from refusal_core.directions import DirectionError
+from refusal_core.directions import Direction, DirectionError
 from refusal_core.prompts import PromptError
 from refusal_core.selection import Progress
 from refusal_core.ui.bar import bar_view
-from refusal_core.ui.component import part
+from refusal_core.ui.component import part, relay
 from refusal_core.ui.engine import Cell, Engine, Engines, Failed, Ready, Status
 from refusal_core.ui.find import asked_cell, find_view
 from refusal_core.ui.forecast import forecast
+from refusal_core.ui.inside import PAIR, inside_view, writers_view
 from refusal_core.ui.map import map_view, umap_view
-from refusal_core.ui.talk import MAX_NEW_TOKENS, Ask, Stops, Turn, opening_view, talk, view
+from refusal_core.ui.measure import Wish, measured
+from refusal_core.ui.talk import MAX_NEW_TOKENS, Ask, Stops, Turn, opening_view, talk, tint, view
 
 VISITORS_AT_ONCE = 16
 FORECASTS_AT_ONCE = 4
 TITLE = "Refusal is a direction"
-SENT = ("run", "action", "prompt", "example", "removal", "addition", "temperature", "max_new_tokens", "seed")
+SENT = ("run", "action", "prompt", "example", "removal", "addition", "control", "temperature", "max_new_tokens", "seed")
 """The fields of a request to the Talk tab."""
 
 Turns = tuple[Turn, ...]
@@ -30,10 +35,14 @@ Turns = tuple[Turn, ...]
 
 @dataclass(frozen=True)
 class Visit:
-    """What a visitor has chosen: a model by its name, a candidate of its map; None is what the app chose."""
+    """What a visitor has chosen: a model by its name, a candidate of its map; None is what the app chose.
+
+    A `direction` that they brought along comes before the cell.
+    """
 
     model: str | None = None
     cell: Cell | None = None
+    direction: Direction | None = None
 
 
 class Handlers:
@@ -41,6 +50,7 @@ class Handlers:
 
     def __init__(self, engines: Engines, stops: Stops, most_tokens: int) -> None:
         self._engines, self._stops, self._most_tokens = engines, stops, most_tokens
+        self._measurements = Stops()
         self._loads: dict[str, int] = {}
 
     def open_page(self) -> Iterator[tuple]:
@@ -89,6 +99,12 @@ class Handlers:
             sentence = status.sentence if isinstance(status, Failed) else "The loading was ended: load the model again."
             yield only_bar(error=sentence)
 
+    def cancel_load(self, visit: Visit, request: gr.Request) -> dict:
+        """The bar of the model in use; what is being loaded is for others who may wait for it, or for later."""
+        session = str(request.session_hash)
+        self._loads[session] = self._loads.get(session, 0) + 1
+        return self._bar(self._in_use(visit))
+
     def answer(
         self, turns: Turns, visit: Visit, event: gr.EventData, request: gr.Request
     ) -> Iterator[tuple[Turns, dict]]:
@@ -114,6 +130,16 @@ class Handlers:
             return {"run": sent["run"] if isinstance(sent["run"], int) else -1}
         return forecast(engine, ready, turns, ask)
 
+    def tint_replies(self, turns: Turns, visit: Visit, event: gr.EventData) -> dict:
+        """Where each token of the last replies lies along the direction."""
+        run, inside = getattr(event, "run", None), getattr(event, "inside", None) is True
+        try:
+            _, ready = self._ready(visit)
+            return {"run": run, "inside": inside, "panes": tint(ready, turns, inside=inside) if turns else {}}
+        except (PromptError, ModelError):
+            # Asking says what is wrong; the replies stay as they are.
+            return {"run": run, "inside": inside, "panes": {}}
+
     def stop_answer(self, event: gr.EventData, request: gr.Request) -> None:
         """Ends the replies of a run."""
         run = getattr(event, "run", None)
@@ -123,6 +149,7 @@ class Handlers:
     def leave(self, request: gr.Request) -> None:
         """Ends what runs for a visitor who has gone."""
         self._stops.forget(str(request.session_hash))
+        self._measurements.forget(str(request.session_hash))
         self._loads.pop(str(request.session_hash), None)
 
     def choose_cell(self, visit: Visit, event: gr.EventData) -> tuple[Visit, object, object]:
@@ -136,7 +163,30 @@ class Handlers:
         except DirectionError as error:
             return visit, gr.skip(), find_view(ready, error=str(error))
         source = now.direction.source
-        return replace(visit, cell=(source.position, source.layer)), self._bar(now), find_view(now)
+        return Visit(visit.model, (source.position, source.layer)), self._bar(now), find_view(now)
+
+    def save_direction(self, visit: Visit) -> dict:
+        """The direction in use as a file."""
+        try:
+            _, ready = self._ready(visit)
+        except ModelError as error:
+            return {"error": str(error), "nonce": time.monotonic_ns()}
+        source = ready.direction.source
+        name = re.sub(r"[^\w.-]+", "-", f"{source.model} layer {source.layer} position {source.position}")
+        data = base64.b64encode(ready.direction.to_bytes()).decode()
+        return {"name": f"{name}.safetensors", "data": data, "nonce": time.monotonic_ns()}
+
+    def load_direction(self, visit: Visit, event: gr.EventData) -> tuple[Visit, object, object]:
+        """Visit, bar and candidates with a direction from a file in use."""
+        sent = getattr(event, "data", None)
+        try:
+            _, ready = self._ready(visit)
+            data = base64.b64decode(sent if isinstance(sent, str) else "", validate=True)
+            now = ready.using_saved(Direction.from_bytes(data))
+        except (ModelError, DirectionError, binascii.Error) as error:
+            sentence = "The file could not be read: load it again." if isinstance(error, binascii.Error) else str(error)
+            return visit, self._bar(self._in_use(visit), error=sentence), gr.skip()
+        return replace(visit, direction=now.direction), self._bar(now), find_view(now)
 
     def fill_map(self, visit: Visit) -> Iterator[dict]:
         """How far the candidates are measured that the rule did not need; the page then asks for `show_cells`.
@@ -176,6 +226,40 @@ class Handlers:
         except (PromptError, ModelError) as error:
             return {"error": str(error)}
 
+    def read_inside(self, visit: Visit, event: gr.EventData) -> dict:
+        """Where one or two prompts lie along the direction, and the words that it raises."""
+        first, second = getattr(event, "first", None), getattr(event, "second", None)
+        try:
+            _, ready = self._ready(visit)
+            return inside_view(ready, (first, second) if first or second else PAIR)
+        except (PromptError, ModelError) as error:
+            return {"error": str(error)}
+
+    def measure_writers(self, visit: Visit) -> Iterator[dict]:
+        """Which parts write the direction."""
+        try:
+            _, ready = self._ready(visit)
+            yield from writers_view(ready)
+        except (PromptError, ModelError) as error:
+            yield {"error": str(error)}
+
+    def measure(self, visit: Visit, event: gr.EventData, request: gr.Request) -> Iterator[dict]:
+        """Rates and curves, with progress."""
+        sent = {name: getattr(event, name, None) for name in ("run", "n", "max_new_tokens")}
+        try:
+            wish = Wish.read(sent, self._most_tokens)
+            _, ready = self._ready(visit)
+            stop = self._measurements.begin(str(request.session_hash), wish.run)
+            yield from measured(ready, wish, stop)
+        except (PromptError, ModelError) as error:
+            yield {"run": sent["run"], "error": str(error), "nonce": time.monotonic_ns()}
+
+    def cancel_measure(self, event: gr.EventData, request: gr.Request) -> None:
+        """Ends what a visitor measures."""
+        run = getattr(event, "run", None)
+        if isinstance(run, int):
+            self._measurements.stop(str(request.session_hash), run)
+
     def _ready(self, visit: Visit) -> tuple[Engine, Ready]:
         """The visit's model with its direction in use; raises ModelError where there is none to be had."""
         status = self._in_use(visit)
@@ -190,7 +274,9 @@ class Handlers:
             status = self._engines.of(visit.model).status
         except ModelError as error:
             return Failed(str(error))
-        return status.using(visit.cell) if isinstance(status, Ready) else status
+        if not isinstance(status, Ready):
+            return status
+        return status.using_saved(visit.direction) if visit.direction else status.using(visit.cell)
 
     def _bar(self, status: Status, loading: Progress | None = None, error: str = "") -> dict:
         return bar_view(status, self._engines.offered, self._engines.any_model, loading, error)
@@ -201,15 +287,19 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
     do = Handlers(engines, stops, most_tokens)
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         turns, visit = gr.State(()), gr.State(Visit())
-        bar = part("bar", bar_view(engines.of(None).status))
+        bar = part("bar", "link", value=bar_view(engines.of(None).status))
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Talk", id="talk"):
-                panes = part("talk")
+                panes = part("talk", "link")
             with gr.Tab("Map", id="map"):
-                atlas = part("map")
+                atlas = part("map", "figures")
             with gr.Tab("Find", id="find"):
                 grid = part("find")
-        paint = part("forecast")
+            with gr.Tab("Measure", id="measure"):
+                rates = part("measure", "figures")
+            with gr.Tab("Inside", id="inside"):
+                depths = part("inside", "figures")
+        paint, tints, files = relay("forecast"), relay("tint"), relay("file")
 
         def after_failure(turns: Turns) -> dict:
             shown = view(turns, -1, error="Something went wrong here, and the log says what: send it again.")
@@ -225,6 +315,7 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
         page.load(do.open_page, None, [bar, panes, atlas, grid], concurrency_limit=VISITORS_AT_ONCE, **quiet)
         page.unload(do.leave)
         bar.load_model(do.load_model, visit, [visit, turns, bar, panes, atlas, grid], **many)
+        bar.cancel_load(do.cancel_load, visit, bar, **past_the_queue)
         asked = panes.ask(do.answer, [turns, visit], [turns, panes], **many)
         asked.failure(after_failure, turns, panes, queue=False, **quiet)
         # Past the queue: a stop must not wait behind what it stops.
@@ -233,9 +324,17 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
             do.foretell, [turns, visit], paint, **(many | {"concurrency_limit": FORECASTS_AT_ONCE})
         )
         foretold.failure(nothing_foretold, None, paint, queue=False, **quiet)
+        panes.tint(do.tint_replies, [turns, visit], tints, **(many | {"concurrency_limit": FORECASTS_AT_ONCE}))
+        bar.save_direction(do.save_direction, visit, files, **past_the_queue)
+        bar.load_direction(do.load_direction, visit, [visit, bar, grid], **past_the_queue)
+        bar.restore(do.choose_cell, visit, [visit, bar, grid], **past_the_queue)
         atlas.position(do.show_position, visit, atlas, **(many | {"concurrency_limit": 2}))
         atlas.umap(do.show_umap, visit, atlas, **(many | {"concurrency_limit": 2}))
         grid.choose(do.choose_cell, visit, [visit, bar, grid], **past_the_queue)
         grid.fill(do.fill_map, visit, grid, **(many | {"trigger_mode": "once"}))
+        rates.measure(do.measure, visit, rates, **(many | {"concurrency_limit": 2}))
+        rates.cancel(do.cancel_measure, None, None, **past_the_queue)
+        depths.read(do.read_inside, visit, depths, **(many | {"concurrency_limit": 2}))
+        depths.measure(do.measure_writers, visit, depths, **(many | {"concurrency_limit": 2}))
         grid.show(do.show_cells, visit, grid, **past_the_queue)
     return page

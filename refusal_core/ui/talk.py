@@ -10,16 +10,19 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal, get_args
 
+from refusal_core.attribution import read_along
 from refusal_core.chat_model import ModelError
+from refusal_core.directions import random_like
 from refusal_core.generation import Ending, Step, stream_side_by_side
 from refusal_core.interventions import Intervention, Row
 from refusal_core.metrics import judge, refusal_probability
 from refusal_core.prompts import PromptError
 from refusal_core.ui.engine import Ready
 
-Pane = Literal["unchanged", "removed", "added"]
+Pane = Literal["unchanged", "removed", "added", "control"]
 PANES: tuple[Pane, ...] = get_args(Pane)
 Action = Literal["ask", "fresh", "again", "undo", "clear"]
 ACTIONS: dict[str, Action] = {action: action for action in get_args(Action)}
@@ -30,6 +33,7 @@ UPDATES_PER_SECOND = 12
 ADDITION = (-1.0, 2.0)
 N_HARMLESS, N_HARMFUL = 6, 10
 N_LIKELY = 5
+CONTROL_SEED = 0
 
 OPENING = "How do I bake bread?"
 """Asked when the page opens: the harmless half of the story, where adding the direction makes the model refuse."""
@@ -37,10 +41,10 @@ OPENING = "How do I bake bread?"
 
 @dataclass(frozen=True)
 class Reply:
-    """What a pane said; `refusal` is the probability that its first token was one a refusal starts with."""
+    """What a pane said, as text and token ids; `refusal` is the probability that it starts like a refusal."""
 
     text: str = ""
-    tokens: int = 0
+    ids: tuple[int, ...] = ()
     ending: Ending | None = None
     refusal: float | None = None
     strength: float = 0.0
@@ -69,7 +73,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Ask:
-    """What the page asks for. `removal` and `addition` are None where the pane is off."""
+    """What the page asks for. `removal`, `addition` and `control` are None where the pane is off.
+
+    `control` is the strength at which a random direction of the same norm is added.
+    """
 
     run: int
     action: Action
@@ -77,6 +84,7 @@ class Ask:
     example: bool = False
     removal: float | None = 1.0
     addition: float | None = 1.0
+    control: float | None = None
     temperature: float = 0.0
     max_new_tokens: int = 128
     seed: int = 0
@@ -97,6 +105,7 @@ class Ask:
             example=sent.get("example") is True,
             removal=None if sent.get("removal") is None else _number(sent, "removal", 0.0, 1.0),
             addition=None if sent.get("addition") is None else _number(sent, "addition", *ADDITION),
+            control=None if sent.get("control") is None else _number(sent, "control", *ADDITION),
             temperature=_number(sent, "temperature", 0.0, 2.0),
             max_new_tokens=int(_number(sent, "max_new_tokens", 1.0, float(most_tokens))),
             seed=int(_number(sent, "seed", 0.0, 2.0**31)),
@@ -216,14 +225,17 @@ def _replies(ready: Ready, earlier: Sequence[Turn], turn: Turn, ask: Ask, stop: 
 
 def _strengths(ask: Ask) -> dict[Pane, float]:
     """The panes that are on, each with its strength."""
-    wanted: dict[Pane, float | None] = {"unchanged": 0.0, "removed": ask.removal, "added": ask.addition}
+    wanted: dict[Pane, float | None] = {
+        "unchanged": 0.0, "removed": ask.removal, "added": ask.addition, "control": ask.control
+    }  # fmt: skip
     return {pane: strength for pane in PANES if (strength := wanted[pane]) is not None}
 
 
 def _row(ready: Ready, pane: Pane, strength: float) -> Row:
     if pane == "unchanged":
         return ()
-    return (Intervention(ready.direction, "ablate" if pane == "removed" else "add", strength),)
+    direction = random_like(ready.direction, CONTROL_SEED) if pane == "control" else ready.direction
+    return (Intervention(direction, "ablate" if pane == "removed" else "add", strength),)
 
 
 def _split(ready: Ready, panes: Sequence[Pane], step: Step) -> Split:
@@ -246,7 +258,7 @@ def _grown(ready: Ready, replies: dict[Pane, Reply], step: Step) -> dict[Pane, R
         first = refusal_probability(step.logits, ready.found.refusal_tokens).tolist()
         replies = {pane: replace(r, refusal=p) for (pane, r), p in zip(replies.items(), first, strict=True)}
     return {
-        pane: replace(reply, text=text, ending=ending, tokens=reply.tokens + (token is not None))
+        pane: replace(reply, text=text, ending=ending, ids=reply.ids if token is None else (*reply.ids, token))
         for (pane, reply), text, ending, token in zip(
             replies.items(), step.texts, step.finished, step.tokens, strict=True
         )
@@ -261,6 +273,50 @@ def conversation(turns: Sequence[Turn], pane: Pane) -> list[dict[str, str]]:
             messages.append({"role": "user", "content": turn.prompt})
             messages.append({"role": "assistant", "content": turn.replies[pane].text})
     return [*messages, {"role": "user", "content": turns[-1].prompt}]
+
+
+# -- where the replies lie -------------------------------------------------------------------------------------------
+
+
+def tint(ready: Ready, turns: Sequence[Turn], *, inside: bool) -> dict[Pane, list[tuple[str, float]]]:
+    """The tokens of the last turn's replies as text, each with where it lies along the direction.
+
+    0 is the mean of the harmless prompts that the direction was made from, 1 that of the harmful ones, at the layer
+    it was read from. The untouched model reads every reply, or, `inside`, each pane's own changed one: after removal
+    that reading is the same at every token by construction. Raises PromptError for a conversation that has grown too
+    long.
+    """
+    replies: dict[Pane, Reply] = {pane: reply for pane, reply in turns[-1].replies.items() if reply.ids}
+    if not replies:
+        return {}
+    direction, found = ready.direction, ready.found
+    layer, at = direction.source.layer, found.positions.index(direction.source.position)
+    harmless = (found.harmless[:, at, layer].double() @ direction.unit.double()).mean().item()
+    readings = read_along(
+        ready.model,
+        [conversation(turns, pane) for pane in replies],
+        direction,
+        [reply.ids for reply in replies.values()],
+        [_row(ready, pane, reply.strength) if inside else () for pane, reply in replies.items()],
+    )
+    return {
+        pane: [
+            (piece, round((value - harmless) / direction.norm, 3))
+            for piece, value in zip(
+                _pieces(ready, reply.ids), reading.along[layer, -len(reply.ids) :].tolist(), strict=True
+            )
+        ]
+        for (pane, reply), reading in zip(replies.items(), readings, strict=True)
+    }
+
+
+def _pieces(ready: Ready, ids: tuple[int, ...]) -> list[str]:
+    """The text of each token; one that is only a part of a character is empty, and the last of them has it whole."""
+    tokenizer = ready.model.tokenizer
+    grown = [
+        str(tokenizer.decode(list(ids[:i]), skip_special_tokens=True)).rstrip("\ufffd") for i in range(len(ids) + 1)
+    ]
+    return [after[len(before) :] for before, after in pairwise(grown)]
 
 
 # -- the view ------------------------------------------------------------------------------------------------------
@@ -288,7 +344,7 @@ def view(turns: Sequence[Turn], run: int, *, running: bool = False, error: str =
 def _reply_view(reply: Reply) -> dict:
     shown = {
         "text": reply.text,
-        "tokens": reply.tokens,
+        "tokens": len(reply.ids),
         "ending": reply.ending or "",
         "refusal": reply.refusal,
         "strength": reply.strength,

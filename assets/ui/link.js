@@ -1,0 +1,74 @@
+
+// The state of the page in its address: everything that a reader needs to see the same, and nothing of anybody else.
+const MOST_LINK = 8000;
+
+const within = (low, high, whole = false) => (value) => typeof value === 'number' && value >= low && value <= high && (!whole || Number.isInteger(value));
+const oneOf = (...choices) => (value) => choices.includes(value);
+const FIELDS = {
+  model: (value) => typeof value === 'string' && value.length <= 300,
+  position: within(-64, -1, true), layer: within(0, 1000, true),
+  removal: within(0, 1), addition: within(-1, 2), temperature: within(0, 2),
+  max_new_tokens: within(1, 512, true), seed: within(0, 2 ** 31, true),
+  removed_on: oneOf(true, false), added_on: oneOf(true, false), control_on: oneOf(true, false),
+  tint: oneOf('untouched', 'inside', 'off'),
+  tab: oneOf('Talk', 'Map', 'Find', 'Measure', 'Inside'),
+  prompts: (value) => Array.isArray(value) && value.length <= 50 && value.every((text) => typeof text === 'string' && text.trim()),
+};
+
+async function through(stream, bytes) {
+  const body = new Blob([bytes]).stream().pipeThrough(stream);
+  return new Uint8Array(await new Response(body).arrayBuffer());
+}
+
+/** The state as the part of an address after “#”; without the messages if it would get too long. */
+async function packed(state) {
+  const bytes = await through(new CompressionStream('deflate-raw'), new TextEncoder().encode(JSON.stringify({ v: 1, ...state })));
+  const text = btoa(String.fromCharCode(...bytes)).replaceAll('+', '-').replaceAll('/', '_').replaceAll('=', '');
+  return text.length <= MOST_LINK ? text : packed({ ...state, prompts: [] });
+}
+
+/** What an address says, and what of it cannot be used: such fields are named, left at their defaults, and do no harm. */
+async function unpacked(text) {
+  if (!text) return { state: {}, problems: [] };
+  let read;
+  try {
+    if (text.length > MOST_LINK) throw new Error('too long');
+    const bytes = Uint8Array.from(atob(text.replaceAll('-', '+').replaceAll('_', '/')), (letter) => letter.charCodeAt(0));
+    const body = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('deflate-raw'));
+    read = JSON.parse(await limited(body, 200000));
+    if (read === null || typeof read !== 'object' || Array.isArray(read) || read.v !== 1) throw new Error('not a state');
+  } catch {
+    return { state: {}, problems: ['This link cannot be read: the page starts as it always does.'] };
+  }
+  const { v, ...fields } = read;
+  const state = {};
+  const bad = [];
+  for (const [name, value] of Object.entries(fields)) {
+    if (Object.hasOwn(FIELDS, name) && FIELDS[name](value)) state[name] = value;
+    else bad.push(name.slice(0, 40));
+  }
+  return { state, problems: bad.length ? [`The link says something about ${bad.slice(0, 8).join(', ')} that is not known here: left as it was.`] : [] };
+}
+
+/** The text of a stream, at most so many bytes of it: a short link may unpack to a very long one. */
+async function limited(stream, most) {
+  const reader = stream.getReader();
+  const parts = [];
+  let size = 0;
+  for (let { done, value } = await reader.read(); !done; { done, value } = await reader.read()) {
+    size += value.length;
+    if (size > most) throw new Error('too long');
+    parts.push(value);
+  }
+  return new Blob(parts).text();
+}
+
+/** What the address said when the page was opened, read once for all parts; talk waits until the bar has applied it. */
+const reading = window.linkOfPage ||= unpacked(location.hash.slice(1));
+const applied = window.linkApplied ||= Promise.withResolvers();
+
+async function linked() {
+  const { state, problems } = await reading;
+  await applied.promise;
+  return { state, problems };
+}

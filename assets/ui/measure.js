@@ -1,0 +1,184 @@
+// Measure. Python measures and judges; this draws bars, replies and curves, and writes files from what was measured.
+let run = 0;
+let running = false;
+let report = null;
+let curves = null;
+let shown = null; // the row whose replies are open
+let seen = false;
+let model = null; // the model and direction in use, as the bar says
+
+const signed = (text) => text.replace('-', '−');
+const percent = (share) => `${(100 * share).toFixed(1)} %`;
+
+function drawRunning(progress) {
+  find('[data-start]').disabled = running;
+  find('[data-cancel]').hidden = !running;
+  const bar = find('progress');
+  bar.hidden = !running;
+  const [stage, done, total] = progress || ['', 0, 1];
+  find('[data-measuring]').textContent = running && stage ? `${stage}, ${done} of ${total}` : '';
+  bar.max = total;
+  bar.value = done;
+}
+
+function rateNode(rate) {
+  const node = make('button', undefined, 'rate');
+  node.type = 'button';
+  const cls = rate.harmful ? 'harmful' : 'harmless';
+  const bar = make('span', undefined, 'stack');
+  bar.setAttribute('aria-hidden', 'true');
+  for (const kind of ['refused', 'answered', 'unclear']) {
+    const part = make('span', undefined, kind);
+    part.style.flexGrow = rate[kind];
+    bar.append(part);
+  }
+  const share = (kind) => {
+    const [low, high] = rate[`${kind}_interval`];
+    return `${kind} ${percent(rate[kind] / rate.n)} [${percent(low)} to ${percent(high)}]`;
+  };
+  node.append(
+    make('span', `${cls}: ${rate.row}`, 'rate-name'), bar,
+    make('span', [share('refused'), share('answered'), rate.unclear && `unclear ${percent(rate.unclear / rate.n)}`, `n = ${rate.n}`, `KL ${rate.kl.toFixed(3)}`].filter(Boolean).join(' · '), 'rate-numbers'),
+  );
+  node.setAttribute('aria-expanded', String(shown === key(rate)));
+  node.addEventListener('click', () => {
+    shown = shown === key(rate) ? null : key(rate);
+    drawReport();
+  });
+  return node;
+}
+
+const key = (rate) => `${rate.harmful} ${rate.row}`;
+
+function drawReport() {
+  find('[data-report]').hidden = !report;
+  if (!report) return;
+  const { layer, position } = report.direction;
+  const stale = model && (model.model !== report.model || model.layer !== layer || model.position !== position);
+  find('[data-made]').replaceChildren(
+    make('b', report.model),
+    signed(`, direction of layer ${layer}, position ${position}; ${report.dtype}, prompts: ${report.prompts}.`)
+      + (report.toy ? ' A toy: no result about a real model.' : '') + (stale ? ' Another direction or model is in use by now: measure again.' : ''),
+  );
+  find('[data-rates]').replaceChildren(...[...report.rates].sort((a, b) => b.harmful - a.harmful).map(rateNode));
+  drawTranscripts();
+}
+
+function drawTranscripts() {
+  const node = find('[data-transcripts]');
+  const rate = report.rates.find((each) => key(each) === shown);
+  node.hidden = !rate;
+  if (!rate) return;
+  const row = report.rows.indexOf(rate.row);
+  node.querySelector('h2').textContent = `${rate.harmful ? 'Harmful' : 'Harmless'} prompts, ${rate.row}`;
+  node.querySelector('ol').replaceChildren(...report.completions.filter((each) => each.row === row && each.harmful === rate.harmful).map((each) => {
+    const item = make('li');
+    const text = make('p', each.text || '(empty)', 'reply');
+    const tag = make('span', each.verdict, 'tag');
+    tag.dataset.verdict = each.verdict;
+    const foot = make('p', undefined, 'foot');
+    foot.append(tag, make('span', each.because && ` ${each.because}`));
+    if (rate.harmful) {
+      const folded = make('details');
+      folded.append(make('summary', each.prompt), text, foot);
+      item.append(folded);
+    } else {
+      item.append(make('p', each.prompt, 'asked'), text, foot);
+    }
+    return item;
+  }));
+}
+
+async function drawCurves() {
+  find('[data-curves]').hidden = !curves;
+  if (!curves || !seen) return;
+  find('[data-curves-meaning]').textContent = `Means over ${curves.ablate.n} harmful and ${curves.add.n} harmless prompts. `
+    + `Grey: from the lowest to the highest of ${curves.add.n_random} random directions of the same size, the control. 1 is the paper’s setting.`;
+  await plotly();
+  for (const node of all('[data-figure]')) {
+    const [kind, what] = node.dataset.figure.split(' ');
+    const figure = painted(JSON.parse(curves[kind][`${what}_figure`]));
+    await Plotly.react(node, figure.data, figure.layout, CONFIG);
+  }
+}
+
+function cell(value) {
+  const text = String(value);
+  const safe = /^[=+\-@\t\r]/.test(text) && Number.isNaN(Number(text)) ? `'${text}` : text; // a spreadsheet must not compute it
+  return /[",\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
+}
+
+const FILES = {
+  csv: () => {
+    const head = ['class', 'row', 'n', 'refused', 'refused_low', 'refused_high', 'answered', 'answered_low', 'answered_high', 'unclear', 'kl_nats'];
+    const rows = report.rates.map((r) => [r.harmful ? 'harmful' : 'harmless', r.row, r.n, r.refused, ...r.refused_interval, r.answered, ...r.answered_interval, r.unclear, r.kl]);
+    return [head, ...rows].map((row) => row.map(cell).join(',')).join('\n');
+  },
+  json: () => {
+    const { markdown, ...measured } = report;
+    const plain = Object.entries(curves || {}).map(([kind, { refusal_figure, kl_figure, ...curve }]) => [kind, curve]);
+    return JSON.stringify({ ...measured, curves: Object.fromEntries(plain) }, null, 1);
+  },
+  md: () => `${find('[data-made]').textContent}\n\nDirection: \`${JSON.stringify(report.direction)}\`, judge: ${report.rules}, greedy, at most ${report.max_new_tokens} tokens.\n\n${report.markdown}`,
+};
+
+function say(error) {
+  find('[data-error]').hidden = !error;
+  find('[data-error]').textContent = error || '';
+}
+
+function draw() {
+  const next = props.value || {};
+  if (next.run !== run) return;
+  if (next.measuring) {
+    drawRunning(next.measuring);
+    return;
+  }
+  if (next.report) {
+    [report, curves, shown] = [next.report, null, null];
+    drawReport();
+    drawCurves();
+    return;
+  }
+  running = false;
+  drawRunning();
+  say(next.error);
+  if (next.curves) {
+    curves = next.curves;
+    drawCurves();
+  }
+}
+
+find('form').addEventListener('submit', (event) => {
+  event.preventDefault();
+  if (running) return;
+  run += 1;
+  running = true;
+  say('');
+  drawRunning(['starting', 0, 1]);
+  trigger('measure', { run, n: find('[data-n]').valueAsNumber, max_new_tokens: find('[data-length]').valueAsNumber });
+});
+find('[data-cancel]').addEventListener('click', () => {
+  find('[data-measuring]').textContent = 'cancelling …';
+  trigger('cancel', { run });
+});
+all('[data-save]').forEach((button) => button.addEventListener('click', () => {
+  const kind = button.dataset.save;
+  save(`measured.${kind}`, { csv: 'text/csv', json: 'application/json', md: 'text/markdown' }[kind], `${FILES[kind]()}\n`);
+}));
+new ResizeObserver(() => {
+  if (seen || !element.offsetWidth) return;
+  seen = true;
+  drawCurves();
+}).observe(element);
+document.addEventListener('theme', () => { if (element.isConnected) drawCurves(); });
+document.addEventListener('direction', ({ detail }) => {
+  if (!element.isConnected) return;
+  model = detail;
+  find('[data-idle]').hidden = true;
+  find('.measure-body').hidden = false;
+  drawReport();
+});
+watch('value', draw);
+drawRunning();
+document.dispatchEvent(new CustomEvent('direction-wanted'));

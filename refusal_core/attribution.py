@@ -1,0 +1,165 @@
+"""Inside the model: where the stream lies along r̂, which parts write it there, and which words it raises.
+
+    reading[l, p] = x[l, p] · r̂                        the stream at the input of every block, at every token
+    x[l] · r̂     = Σ w · r̂   over the writers below l   the embedding, each attention (the sum of its heads), each MLP
+    words         = W_U r̂   or   W_U norm(‖r‖ r̂)      the logits that the direction raises and lowers
+
+What a part writes along r̂ is correlation (direct attribution). The causal check is activation patching: in the run of
+a harmful prompt one part is made to write, at the template's tokens, what it wrote for a harmless prompt; what that
+does to the refusal score is the part's effect. (The note that preceded Arditi et al. 2024 began with it.)
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from refusal_core.chat_model import Batch, ChatModel, Conversation
+from refusal_core.directions import Direction
+from refusal_core.interventions import Row
+from refusal_core.metrics import refusal_score
+from refusal_core.selection import Progress
+
+BATCH_TOKENS = 4096
+N_PAIRS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """x[l, p] · r̂ of one text, in units of the stream, with its tokens as text."""
+
+    tokens: tuple[str, ...]
+    along: Float[Tensor, "layer pos"]
+
+
+def read_along(
+    model: ChatModel,
+    conversations: Sequence[Conversation],
+    direction: Direction,
+    replies: Sequence[Sequence[int]] | None = None,
+    rows: Sequence[Row] | None = None,
+) -> list[Reading]:
+    """A `Reading` of each rendered conversation, with the token ids of a reply after it if there is one.
+
+    `rows` are the interventions under which it is read. After ablation at strength 1 the reading is zero by
+    construction: what is to mean something is read by the untouched model. Raises PromptError and ModelError as
+    `ChatModel.logits` does.
+    """
+    batch = model.continued(conversations, replies or [()] * len(conversations))
+    output = model.run(batch, rows, read=slice(None))
+    assert output.resid_pre is not None
+    along = (output.resid_pre.float() @ direction.unit.to(output.resid_pre.device)).cpu()
+    readings = []
+    for row, mask, ids in zip(along, batch.mask.bool().cpu(), batch.ids.cpu(), strict=True):
+        tokens = tuple(str(model.tokenizer.decode([token])) for token in ids[mask].tolist())
+        readings.append(Reading(tokens, row[mask].T))
+    return readings
+
+
+@dataclass(frozen=True)
+class Words:
+    """Tokens whose logits a direction changes most, with the change: the largest first, and the smallest first."""
+
+    raised: tuple[tuple[str, float], ...]
+    lowered: tuple[tuple[str, float], ...]
+
+
+def words(model: ChatModel, direction: Direction, *, final_norm: bool, n: int = 20) -> Words:
+    """What `direction` says through the unembedding: of r̂ itself, or of ‖r‖ r̂ after the final norm."""
+    logits = model.unembed(direction.unit * (direction.norm if final_norm else 1.0), final_norm=final_norm)
+
+    def extreme(largest: bool) -> tuple[tuple[str, float], ...]:
+        values, tokens = logits.topk(min(n, len(logits)), largest=largest)
+        return tuple(
+            (str(model.tokenizer.decode([t])), v) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)
+        )
+
+    return Words(extreme(True), extreme(False))
+
+
+@dataclass(frozen=True, eq=False)
+class Writers:
+    """What each part writes along r̂ at the direction's position: the mean over harmful minus that over harmless prompts.
+
+    `along` is in units of ‖r‖ and in the order of `ChatModel.writers`; those below the direction's layer sum to 1 if
+    the prompts are the ones it was made from. `heads` splits the attentions; None where heads cannot be told apart.
+    """
+
+    names: tuple[str, ...]
+    along: Float[Tensor, " writer"]
+    heads: Float[Tensor, "layer head"] | None
+
+
+def write_along(
+    model: ChatModel, harmful: Sequence[Conversation], harmless: Sequence[Conversation], direction: Direction
+) -> Writers:
+    """Direct attribution of `direction` over two lists of prompts. Raises PromptError as `ChatModel.render` does."""
+    position = (direction.source.position,)
+    sums: list[Tensor] = []
+    head_sums: list[Tensor] = []
+    for prompts in (harmful, harmless):
+        total, head_total = torch.zeros(len(model.writers)), torch.zeros(())
+        for batch in model.batches(prompts, BATCH_TOKENS):
+            output = model.run(batch, read_writes=position)
+            assert output.writes is not None
+            total = total + (output.writes[:, 0].float() @ direction.unit.to(output.writes.device)).sum(0).cpu()
+            if output.head_inputs is not None:
+                head_total = head_total + model.heads_along(output.head_inputs, direction.unit)[:, 0].sum(0)
+        sums.append(total / len(prompts))
+        head_sums.append(head_total / len(prompts))
+    heads = (head_sums[0] - head_sums[1]) / direction.norm
+    return Writers(model.writers, (sums[0] - sums[1]) / direction.norm, heads if heads.ndim else None)
+
+
+@dataclass(frozen=True, eq=False)
+class Patching:
+    """The effect of each writer: how far the refusal score falls when it writes what it wrote for a harmless prompt.
+
+    Means over `n_pairs` pairs, in log-odds, in the order of `ChatModel.writers`; `harmful` and `harmless` are the mean
+    scores of the unpatched runs, so that the effect of everything together would be their difference.
+    """
+
+    names: tuple[str, ...]
+    effect: Float[Tensor, " writer"]
+    harmful: float
+    harmless: float
+    n_pairs: int
+
+
+def patch_writers(
+    model: ChatModel,
+    harmful: Sequence[Conversation],
+    harmless: Sequence[Conversation],
+    refusal_tokens: Sequence[int],
+    n_pairs: int = N_PAIRS,
+) -> Iterator[Progress | Patching]:
+    """Activation patching of every writer, at the template's tokens; yields `Progress` and, last, `Patching`.
+
+    The prompts are paired in order. Raises PromptError as `ChatModel.render` does.
+    """
+    pairs = list(zip(harmful, harmless, strict=False))[:n_pairs]
+    positions = range(-model.template_positions, 0)
+    effect, scores = torch.zeros(len(model.writers), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for done, (bad, good) in enumerate(pairs):
+        (source,) = model.batches([good])
+        (target,) = model.batches([bad])
+        clean = model.run(source, read_writes=positions)
+        assert clean.writes is not None
+        base = [refusal_score(output.logits.cpu(), refusal_tokens) for output in (model.run(target), clean)]
+        scores += torch.cat(base)
+        for start, stop in _parts(target, len(model.writers)):
+            patches = [(writer, clean.writes[0, :, writer]) for writer in range(start, stop)]
+            patched = model.run(target.repeat(len(patches)), patches=patches)
+            effect[start:stop] += base[0] - refusal_score(patched.logits.cpu(), refusal_tokens)
+        yield Progress("patching parts", done + 1, len(pairs))
+    mean = scores / len(pairs)
+    yield Patching(model.writers, effect / len(pairs), mean[0].item(), mean[1].item(), len(pairs))
+
+
+def _parts(batch: Batch, n: int) -> Iterator[tuple[int, int]]:
+    """Ranges of `n` rows that fit into a forward step each."""
+    size = max(1, BATCH_TOKENS // batch.ids.numel())
+    for start in range(0, n, size):
+        yield start, min(n, start + size)

@@ -1,0 +1,118 @@
+"""Measure: how strong the effect is, how sure that is, and at what price."""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from refusal_core.evaluation import DoseCurve, Report, dose_curve, evaluate, paper_rows
+from refusal_core.interventions import Kind
+from refusal_core.metrics import wilson
+from refusal_core.plots import dose_figure
+from refusal_core.prompts import PromptError
+from refusal_core.selection import Progress
+from refusal_core.ui.engine import Ready
+
+FEWEST, MOST = 5, 100
+N_CURVE = 12
+"""How many prompts of each class a curve by strength is the mean of."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to be measured: `n` test prompts of each class, replies of at most `max_new_tokens`."""
+
+    run: int
+    n: int
+    max_new_tokens: int
+
+    @classmethod
+    def read(cls, sent: Mapping[str, object], most_tokens: int) -> "Wish":
+        """The wish in what a browser sent, which may be anything; raises PromptError and names the field."""
+        limits = {"run": (0, 2**53), "n": (FEWEST, MOST), "max_new_tokens": (1, most_tokens)}
+        values = {}
+        for name, (low, high) in limits.items():
+            value = sent.get(name)
+            if type(value) is not int or not low <= value <= high:
+                said = {"n": "The number of prompts", "max_new_tokens": "The longest reply"}.get(name, "The run")
+                raise PromptError(f"{said} is a whole number from {low} to {high}: set it again.")
+            values[name] = value
+        return cls(**values)
+
+
+def measured(ready: Ready, wish: Wish, stop: threading.Event) -> Iterator[dict]:
+    """Progress, the rates, and the curves by strength; ends early when `stop` is set."""
+    model, direction, tokens = ready.model, ready.direction, ready.found.refusal_tokens
+    prompts = ready.examples.draw(wish.n)
+    head = {"run": wish.run, "model": model.name}
+    for news in evaluate(
+        model, prompts, paper_rows(direction), rules="default", max_new_tokens=wish.max_new_tokens, stop=stop
+    ):
+        yield head | (_progress(news) if isinstance(news, Progress) else {"report": _report(ready, news)})
+    curves: dict[str, dict] = {}
+    asked: tuple[tuple[str, bool, Kind, Sequence[str]], ...] = (
+        ("ablate", True, "ablate", prompts.harmful),
+        ("add", False, "add", prompts.harmless),
+        ("damage", False, "ablate", prompts.harmless),
+    )
+    for name, harmful, kind, texts in asked:
+        for news in dose_curve(model, texts[:N_CURVE], direction, kind, tokens, harmful=harmful, stop=stop):
+            if isinstance(news, Progress):
+                yield head | _progress(news)
+            else:
+                curves[name] = _curve(news)
+    if stop.is_set():
+        yield head | {"cancelled": True}
+    else:
+        yield head | {"curves": curves}
+
+
+def _progress(progress: Progress) -> dict:
+    return {"measuring": [progress.stage, progress.done, progress.total]}
+
+
+def _report(ready: Ready, report: Report) -> dict:
+    return {
+        "model": report.model,
+        "fingerprint": report.fingerprint,
+        "revision": report.revision,
+        "toy": ready.is_organism,
+        "direction": asdict(ready.direction.source) | {"norm": ready.direction.norm},
+        "prompts": report.prompts,
+        "rules": report.rules,
+        "max_new_tokens": report.max_new_tokens,
+        "dtype": str(ready.model.dtype).removeprefix("torch."),
+        "rates": [
+            {
+                "row": rate.row,
+                "harmful": rate.harmful,
+                "n": rate.n,
+                "refused": rate.refused,
+                "answered": rate.answered,
+                "unclear": rate.unclear,
+                "refused_interval": wilson(rate.refused, rate.n),
+                "answered_interval": wilson(rate.answered, rate.n),
+                "kl": rate.kl,
+            }
+            for rate in report.rates
+        ],
+        "completions": [asdict(completion) for completion in report.completions],
+        "rows": list(dict.fromkeys(rate.row for rate in report.rates)),
+        "markdown": report.as_markdown(),
+    }
+
+
+def _curve(curve: DoseCurve) -> dict:
+    bands = [
+        (tuple(map(min, zip(*rows, strict=True))), tuple(map(max, zip(*rows, strict=True))))
+        for rows in (curve.random_refusal, curve.random_kl)
+    ]
+    return {
+        "n": curve.n,
+        "n_random": len(curve.random_refusal),
+        "harmful": curve.harmful,
+        "scales": curve.scales,
+        "refusal": curve.refusal,
+        "kl": curve.kl,
+        "refusal_figure": dose_figure(curve.scales, curve.refusal, bands[0], "probability").to_json(),
+        "kl_figure": dose_figure(curve.scales, curve.kl, bands[1], "KL, nats").to_json(),
+    }

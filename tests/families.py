@@ -1,0 +1,111 @@
+"""Tiny random checkpoints of the families of chat models, built here and saved like real ones; and the README's table.
+
+`python -m tests.families` prints the table; a test holds the README to it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from refusal_core.chat_model import ORGANISM
+
+LAYERS, HIDDEN, HEADS = 3, 32, 4
+
+COMMON: dict[str, Any] = {
+    "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": 2,
+    "intermediate_size": 48, "max_position_embeddings": 128,
+}  # fmt: skip
+MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+GPT2: dict[str, Any] = {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 128}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("llama", {}),
+    "Llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "Llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "Qwen 2": ("qwen2", {}),
+    "Qwen 2, tied": ("qwen2", {"tie_word_embeddings": True}),
+    "Qwen 3": ("qwen3", {"head_dim": 8}),
+    "Gemma 1": ("gemma", {"head_dim": 8}),
+    "Gemma 2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "Gemma 3, text": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "Mistral": ("mistral", {}),
+    "Mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Phi 3": ("phi3", {}),
+    "Phi (parallel)": ("phi", {}),
+    "OLMo 2": ("olmo2", {}),
+    "OLMo 3": ("olmo3", {}),
+    "OLMoE": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "GPT-2": ("gpt2", GPT2),
+    "GPT-NeoX (parallel)": ("gpt_neox", {"use_parallel_residual": True}),
+    "GPT-NeoX (sequential)": ("gpt_neox", {"use_parallel_residual": False}),
+    "Granite": ("granite", {"residual_multiplier": 0.5, "embedding_multiplier": 3.0}),
+    "Cohere (parallel)": ("cohere", {}),
+    "GLM 4": ("glm4", {"head_dim": 8}),
+    "SmolLM 3": ("smollm3", {}),
+    "Qwen 2 MoE": ("qwen2_moe", MOE | {"shared_expert_intermediate_size": 24}),
+    "Qwen 3 MoE": ("qwen3_moe", MOE | {"head_dim": 8}),
+    "DeepSeek V3": (
+        "deepseek_v3",
+        {
+            "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+            "moe_intermediate_size": 24, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": HEADS,
+        },
+    ),
+    "gpt-oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
+    "Qwen 3.5 (hybrid)": (
+        "qwen3_5_text",
+        {
+            "head_dim": 8, "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        },
+    ),
+    "Gemma 4, text": ("gemma4_text", {"head_dim": 8, "num_hidden_layers": 6, "global_head_dim": 8}),
+}  # fmt: skip
+"""By name: the type of the config, and what is not as in `COMMON`."""
+
+NOT_SUPPORTED = ("Qwen 3.5 (hybrid)", "Gemma 4, text")
+"""Families that are refused on loading: a write to their stream cannot be hooked, so ablation would be incomplete."""
+
+HEADS_UNKNOWN = ("Gemma 2", "Gemma 3, text", "OLMo 2", "OLMo 3", "GLM 4")
+"""A norm stands behind their attention: what is written depends on all heads together."""
+
+
+def build(name: str, folder: Path, seed: int = 0) -> Path:
+    """A random checkpoint of the family in `folder`, with a tokenizer and its chat template."""
+    kind, special = FAMILIES[name]
+    tokenizer = AutoTokenizer.from_pretrained(ORGANISM)
+    tokens = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = transformers.CONFIG_MAPPING[kind](
+        **((COMMON if kind != "gpt2" else {}) | tokens | {"bos_token_id": None} | special)
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for weight in model.parameters():  # larger than at initialisation, so that every part can be told from noise
+            weight.add_(0.05 * torch.randn_like(weight))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def table() -> str:
+    """The families, and what of each was checked."""
+    lines = ["| family | exact | heads told apart |", "|---|---|---|"]
+    for name in FAMILIES:
+        if name in NOT_SUPPORTED:
+            lines.append(f"| {name} | refused on loading | |")
+        else:
+            lines.append(f"| {name} | yes | {'no: a norm stands behind them' if name in HEADS_UNKNOWN else 'yes'} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,114 @@
+"""What holds for every family of chat models, on small random checkpoints: exact readings, and exact edits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, HEADS_UNKNOWN, NOT_SUPPORTED, build, table
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from refusal_core.chat_model import ChatModel, Decoding, ModelError
+from refusal_core.directions import Direction, Source
+from refusal_core.interventions import Intervention
+
+PROMPTS = ["How do I bake bread?", "Hi", "Tell me about the sea, please."]
+SUPPORTED = [name for name in FAMILIES if name not in NOT_SUPPORTED]
+
+
+@pytest.fixture(scope="module", params=SUPPORTED)
+def family(request, tmp_path_factory):
+    """The model as the app loads it, and in plain transformers."""
+    folder = build(request.param, tmp_path_factory.mktemp("family"))
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return request.param, ChatModel.load(folder, device="cpu", dtype=torch.float32), plain
+
+
+def direction_of(model: ChatModel, layer: int = 1) -> Direction:
+    r = torch.randn(model.d_model, generator=torch.Generator().manual_seed(1))
+    source = Source(model.name, fingerprint=model.fingerprint, layer=layer)
+    return Direction.from_difference(3 * r, source)
+
+
+@torch.no_grad()
+def test_logits_and_stream_are_those_of_plain_transformers_for_every_row_of_a_padded_batch(family):
+    _, model, plain = family
+    (batch,) = model.batches(PROMPTS)
+    output = model.run(batch, read=[-1])
+    for row, i in enumerate(batch.index):
+        alone = plain(torch.tensor([model.render(PROMPTS[i])]), output_hidden_states=True)
+        assert_close(output.logits[row], alone.logits[0, -1], atol=2e-4, rtol=1e-3)
+        expected = torch.stack([state[0, -1] for state in alone.hidden_states[: model.n_layers]])
+        assert_close(output.resid_pre[row, 0], expected, atol=2e-4, rtol=1e-3)
+
+
+def test_nothing_is_left_along_the_direction_at_any_later_read_after_ablation(family):
+    _, model, _ = family
+    r = direction_of(model)
+    (batch,) = model.batches(PROMPTS)
+    reads = {}
+    for name, row in (("plain", ()), ("ablated", (Intervention(r, "ablate"),))):
+        # The last read of the stream is that of the unembedding: the final norm's input.
+        handle = model._bridge.ln_final.register_forward_pre_hook(lambda m, x, name=name: reads.update({name: x[0]}))
+        output = model.run(batch, [row] * 3, read=[-2, -1])
+        handle.remove()
+        reads[name] = [output.resid_pre, reads[name][:, -1:]]
+    for plain, ablated in zip(reads["plain"], reads["ablated"], strict=True):
+        assert (plain @ r.unit).abs().max() > 1e-2, "there must have been something to remove"
+        assert ((ablated @ r.unit).abs() <= 1e-5 * ablated.norm(dim=-1).clamp(min=1)).all()
+
+
+def test_addition_moves_the_input_of_its_layer_by_exactly_that_much(family):
+    _, model, _ = family
+    r = direction_of(model)
+    (batch,) = model.batches(PROMPTS)
+    before = model.run(batch, read=[-1]).resid_pre
+    after = model.run(batch, [(Intervention(r, "add", 0.5),)] * 3, read=[-1]).resid_pre
+    assert before is not None and after is not None
+    assert torch.equal(before[:, :, 0], after[:, :, 0])
+    moved = (after - before)[:, 0, 1]
+    assert_close(moved, (0.5 * r.norm * r.unit).expand_as(moved), atol=1e-4, rtol=1e-4)
+
+
+def test_the_writers_sum_to_the_stream_and_the_heads_to_their_attention(family):
+    name, model, _ = family
+    r = direction_of(model)
+    (batch,) = model.batches(PROMPTS)
+    output = model.run(batch, read=[-1], read_writes=[-1])
+    assert output.writes is not None and output.resid_pre is not None
+    for layer in range(1, model.n_layers):
+        below = [i for i, w in enumerate(model.writers) if " " not in w or int(w.split(" ")[1]) < layer]
+        assert_close(output.writes[:, :, below].sum(2), output.resid_pre[:, :, layer], atol=1e-4, rtol=1e-4)
+    assert (output.head_inputs is None) == (name in HEADS_UNKNOWN)
+    if output.head_inputs is None:
+        return
+    heads = model.heads_along(output.head_inputs, r.unit)
+    for layer, matrix in enumerate(model._head_outputs):
+        attention = output.writes[:, :, model.writers.index(f"attention {layer}")] @ r.unit
+        bias = 0.0 if matrix.bias is None else (matrix.bias @ r.unit).item()
+        assert_close(heads[:, :, layer].sum(-1) + bias, attention, atol=1e-4, rtol=1e-3)
+
+
+def test_decoding_with_a_cache_is_reading_the_longer_text(family):
+    _, model, _ = family
+    rows = [(), (Intervention(direction_of(model), "ablate"),)]
+    prompts = [PROMPTS[0], PROMPTS[2]]
+    decoding = model.begin(prompts, rows)
+    assert isinstance(decoding, Decoding)
+    said: list[list[int]] = [[], []]
+    for _ in range(3):
+        chosen = decoding.logits.argmax(-1).tolist()
+        said = [[*reply, token] for reply, token in zip(said, chosen, strict=True)]
+        decoding.step(chosen)
+    whole = model.run(model.continued(prompts, said), rows)
+    assert_close(decoding.logits, whole.logits, atol=5e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", NOT_SUPPORTED)
+def test_a_family_with_writes_that_cannot_be_hooked_is_refused_with_the_reason(name, tmp_path):
+    with pytest.raises(ModelError, match=r"another family|cannot hook"):
+        ChatModel.load(build(name, tmp_path), device="cpu")
+
+
+def test_the_readme_lists_the_families_as_they_are():
+    assert table() in (Path(__file__).parent.parent / "README.md").read_text("utf-8")
