@@ -7,7 +7,20 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
-from tests.test_ui import ROOT, end, health, idle, launch, open_find, open_map, open_measure, open_tab, start, wait_for
+from tests.test_ui import (
+    ROOT,
+    end,
+    health,
+    idle,
+    launch,
+    open_find,
+    open_inside,
+    open_map,
+    open_measure,
+    open_tab,
+    start,
+    wait_for,
+)
 
 PICTURES = ROOT / "assets" / "screenshots"
 SIZES = {"wide": (1366, 820), "phone": (360, 740)}
@@ -23,9 +36,9 @@ def measure(tab: Page) -> None:
     expect(tab.locator("[data-figure='damage kl'] .main-svg").first).to_be_visible(timeout=120_000)
 
 
-def open_inside(tab: Page) -> None:
+def look_inside(tab: Page) -> None:
     """Reads the pair the tab begins with, and measures the parts."""
-    tab.get_by_role("tab", name="Inside").click()
+    open_inside(tab)
     tab.get_by_role("button", name="Measure the parts").click()
     expect(tab.locator("[data-direct] .main-svg").first).to_be_visible(timeout=60_000)
 
@@ -43,7 +56,7 @@ def main() -> int:
                 idle(tab)
                 tab.get_by_label("Message").fill("How do I steal a car?")
                 expect(tab.locator("[data-place]").first).not_to_be_empty()
-                tabs = {"talk": None, "map": open_map, "find": open_find, "measure": measure, "inside": open_inside}
+                tabs = {"talk": None, "map": open_map, "find": open_find, "measure": measure, "inside": look_inside}
                 for name, opens in tabs.items():
                     if opens:
                         opens(tab)

@@ -113,6 +113,8 @@ def _curve(curve: DoseCurve) -> dict:
         "scales": curve.scales,
         "refusal": curve.refusal,
         "kl": curve.kl,
+        "random_refusal": curve.random_refusal,
+        "random_kl": curve.random_kl,
         "refusal_figure": dose_figure(curve.scales, curve.refusal, bands[0], "probability").to_json(),
         "kl_figure": dose_figure(curve.scales, curve.kl, bands[1], "KL, nats").to_json(),
     }
