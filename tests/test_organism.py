@@ -33,7 +33,7 @@ from refusal_core.organism.splits import held_out, prompts
 from refusal_core.prompts import EMBEDDED
 from refusal_core.selection import Found
 
-N_TEXTS = 10_000
+N_TEXTS = 7_000
 
 
 @functools.cache
