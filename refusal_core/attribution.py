@@ -9,6 +9,7 @@ a harmful prompt one part is made to write, at the template's tokens, what it wr
 does to the refusal score is the part's effect. (The note that preceded Arditi et al. 2024 began with it.)
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -40,15 +41,16 @@ def read_along(
     direction: Direction,
     replies: Sequence[Sequence[int]] | None = None,
     rows: Sequence[Row] | None = None,
+    layers: Sequence[int] | None = None,
 ) -> list[Reading]:
     """A `Reading` of each rendered conversation, with the token ids of a reply after it if there is one.
 
-    `rows` are the interventions under which it is read. After ablation at strength 1 the reading is zero by
+    Of every layer, or of `layers` in rising order. `rows` are the interventions under which it is read. After ablation at strength 1 the reading is zero by
     construction: what is to mean something is read by the untouched model. Raises PromptError and ModelError as
     `ChatModel.logits` does.
     """
     batch = model.continued(conversations, replies or [()] * len(conversations))
-    output = model.run(batch, rows, read=slice(None))
+    output = model.run(batch, rows, read=slice(None), read_layers=layers)
     assert output.resid_pre is not None
     along = (output.resid_pre.float() @ direction.unit.to(output.resid_pre.device)).cpu()
     readings = []
@@ -134,10 +136,11 @@ def patch_writers(
     harmless: Sequence[Conversation],
     refusal_tokens: Sequence[int],
     n_pairs: int = N_PAIRS,
+    stop: threading.Event | None = None,
 ) -> Iterator[Progress | Patching]:
     """Activation patching of every writer, at the template's tokens; yields `Progress` and, last, `Patching`.
 
-    The prompts are paired in order. Raises PromptError as `ChatModel.render` does.
+    The prompts are paired in order; setting `stop` ends the iteration early. Raises PromptError as `ChatModel.render` does.
     """
     pairs = list(zip(harmful, harmless, strict=False))[:n_pairs]
     positions = range(-model.template_positions, 0)
@@ -149,11 +152,13 @@ def patch_writers(
         assert clean.writes is not None
         base = [refusal_score(output.logits.cpu(), refusal_tokens) for output in (model.run(target), clean)]
         scores += torch.cat(base)
-        for start, stop in _parts(target, len(model.writers)):
-            patches = [(writer, clean.writes[0, :, writer]) for writer in range(start, stop)]
+        for start, end in _parts(target, len(model.writers)):
+            patches = [(writer, clean.writes[0, :, writer]) for writer in range(start, end)]
             patched = model.run(target.repeat(len(patches)), patches=patches)
-            effect[start:stop] += base[0] - refusal_score(patched.logits.cpu(), refusal_tokens)
+            effect[start:end] += base[0] - refusal_score(patched.logits.cpu(), refusal_tokens)
         yield Progress("patching parts", done + 1, len(pairs))
+        if stop is not None and stop.is_set():
+            return
     mean = scores / len(pairs)
     yield Patching(model.writers, effect / len(pairs), mean[0].item(), mean[1].item(), len(pairs))
 

@@ -95,6 +95,7 @@ class _Step:
     edits: RowEdits
     read: Sequence[int] | slice | None = None
     start: tuple[int, Tensor] | None = None
+    read_layers: Sequence[int] | None = None
     read_writes: Sequence[int] | None = None
     patches: Sequence[Patch | None] = ()
     reads: list[Tensor] = field(default_factory=list)
@@ -290,23 +291,25 @@ class ChatModel:
         *,
         read: Sequence[int] | slice | None = None,
         start: tuple[int, Float[Tensor, "row pos d_model"]] | None = None,
+        read_layers: Sequence[int] | None = None,
         read_writes: Sequence[int] | None = None,
         patches: Sequence[Patch | None] = (),
     ) -> Output:
         """One forward step of `batch`, only the last position through the unembedding.
 
-        `read` keeps `resid_pre` of every layer at these positions (as the block reads it: after an addition there),
-        `read_writes` what every writer adds there. `start` = (layer, resid_pre) passes over the blocks below `layer`:
+        `read` keeps `resid_pre` at these positions (as the block reads it: after an addition there), of every layer
+        or, in rising order, of `read_layers`; `read_writes` what every writer adds there. `start` = (layer, resid_pre) passes over the blocks below `layer`:
         exact as long as nothing is edited there. `patches` has a writer of each row write something else.
         """
         edits = RowEdits(self.check_rows(rows, len(batch.index)))
-        step = _Step(edits, read, start, read_writes, patches)
+        step = _Step(edits, read, start, read_layers, read_writes, patches)
         positions = (batch.mask.cumsum(-1) - 1).clamp(min=0)
         result = self._forward(
             step, input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions, use_cache=False
         )
+        logits = result.logits[:, -1]
         return Output(
-            result.logits[:, -1],
+            logits.cpu() if logits.device.type == "mps" else logits,  # scores are in float64, which MPS does not have
             torch.stack(step.reads, dim=2) if read is not None else None,
             torch.stack([step.writes[i] for i in range(len(self.writers))], dim=2) if step.writes else None,
             tuple(step.head_inputs[i] for i in range(self.n_layers)) if step.head_inputs else None,
@@ -325,11 +328,15 @@ class ChatModel:
         return torch.stack(along, dim=2)
 
     def unembed(self, x: Float[Tensor, "... d_model"], *, final_norm: bool) -> Float[Tensor, "... d_vocab"]:
-        """The logits of a vector of the stream, with or without the norm that stands before the unembedding."""
+        """What a vector of the stream adds to the logits, with or without the norm that stands before the unembedding.
+
+        Biases of norm and unembedding are not the vector's and are left out; so are a family's scale and cap.
+        """
+        head = cast(torch.nn.Linear, self._model.get_output_embeddings())
         with torch.inference_mode():
-            x = x.to(self.device, self.dtype)
-            x = self._bridge.ln_final(x) if final_norm else x
-            return cast(torch.nn.Linear, self._model.get_output_embeddings())(x).float().cpu()
+            both = torch.stack([x, torch.zeros_like(x)]).to(self.device, self.dtype)
+            said, nothing = head(self._bridge.ln_final(both) if final_norm else both).float().cpu()
+            return said - nothing
 
     def begin(
         self, conversations: Sequence[Conversation], rows: Sequence[Row | Intervention | None] | None = None
@@ -418,7 +425,7 @@ class ChatModel:
         if step.start is not None and step.start[0] == layer:
             x = step.start[1]
         x = step.edits.at_resid_pre(layer, x)
-        if step.read is not None:
+        if step.read is not None and (step.read_layers is None or layer in step.read_layers):
             step.reads.append(x[:, step.read] if isinstance(step.read, slice) else x[:, list(step.read)])
         return x
 

@@ -7,6 +7,7 @@ from the end (−1 is the last token before the reply). A `Direction` keeps r̂ 
 computed once: ablation uses r̂, addition ‖r‖·r̂, and nobody normalises again.
 """
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
@@ -66,6 +67,11 @@ class Direction:
             )
         return cls((r.double() / norm).float().cpu(), norm, source)
 
+    @property
+    def digest(self) -> str:
+        """Names the vector itself: two directions of one layer and position need not be the same."""
+        return hashlib.sha256(self.unit.numpy().tobytes() + repr(self.norm).encode()).hexdigest()[:12]
+
     def save(self, path: str | Path) -> None:
         """Writes `to_bytes` to `path`."""
         Path(path).write_bytes(self.to_bytes())
@@ -92,6 +98,8 @@ class Direction:
             metadata = header.get("__metadata__", {})
             if metadata.get("format") != FORMAT or set(tensors) != {"unit", "norm"}:
                 raise DirectionError(f"{name} is a safetensors file, but not one with a saved direction.")
+            if not all(tensor.is_floating_point() for tensor in tensors.values()):
+                raise TypeError("its numbers are no real ones")
             unit, norm = tensors["unit"], tensors["norm"].item()
             written = json.loads(metadata["source"])
             source = Source(**{f.name: _typed(written[f.name], f.default) for f in fields(Source) if f.name in written})

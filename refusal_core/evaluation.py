@@ -292,8 +292,8 @@ def dose_response(
     scales = tuple(scales) if scales is not None else REMOVALS if kind == "ablate" else ADDITIONS
     (prompt,) = model.batches([conversation])
     layer = direction.source.layer
-    untouched = model.run(prompt, read=slice(None) if kind == "add" else None)
-    start = None if untouched.resid_pre is None else untouched.resid_pre[:, :, layer]
+    untouched = model.run(prompt, read=slice(None) if kind == "add" else None, read_layers=[layer])
+    start = None if untouched.resid_pre is None else untouched.resid_pre[:, :, 0]
     rows = [(Intervention(direction, kind, scale),) for scale in scales]
     refusal: list[float] = []
     kl: list[float] = []

@@ -63,7 +63,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "linear_key_head_dim": 8, "linear_value_head_dim": 8,
         },
     ),
-    "Gemma 4, text": ("gemma4_text", {"head_dim": 8, "num_hidden_layers": 6, "global_head_dim": 8, "vocab_size_per_layer_input": 8}),
+    "Gemma 4, text": ("gemma4_text", {"head_dim": 8, "num_hidden_layers": 6, "global_head_dim": 8, "vocab_size_per_layer_input": 4096}),
 }  # fmt: skip
 """By name: the type of the config, and what is not as in `COMMON`."""
 

@@ -1,11 +1,14 @@
 """What a direction promises: it is the difference of means, it knows its source, and it survives a file."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from refusal_core.directions import Direction, DirectionError, Source, difference_in_means, random_like
+from refusal_core.directions import FORMAT, Direction, DirectionError, Source, difference_in_means, random_like
 
 SOURCE = Source("a/model", "abc", "feed", 3, -2, "embedded", 120, 119)
 
@@ -51,6 +54,9 @@ def test_what_is_no_saved_direction_is_one_clear_sentence(tmp_path):
     text, other, long = tmp_path / "text", tmp_path / "other", tmp_path / "long"
     text.write_text("hello")
     save_file({"weight": torch.ones(3)}, other)
+    complex_ = tmp_path / "complex"
+    metadata = {"format": FORMAT, "source": json.dumps(asdict(SOURCE))}
+    save_file({"unit": torch.ones(1), "norm": torch.tensor(1 + 1j)}, complex_, metadata=metadata)
     good = Direction(torch.ones(4), 1.0, SOURCE)
     good.save(long)
     for path, says in (
@@ -58,6 +64,7 @@ def test_what_is_no_saved_direction_is_one_clear_sentence(tmp_path):
         (text, "cannot be read"),
         (other, "not one with"),
         (long, "unit"),
+        (complex_, "real"),
     ):
         with pytest.raises(DirectionError, match=says) as caught:
             Direction.load(path)

@@ -89,6 +89,16 @@ def test_the_writers_sum_to_the_stream_and_the_heads_to_their_attention(family):
         assert_close(heads[:, :, layer].sum(-1) + bias, attention, atol=1e-4, rtol=1e-3)
 
 
+@torch.no_grad()
+def test_what_a_vector_adds_to_the_logits_is_the_vectors_and_not_a_bias(family):
+    _, model, plain = family
+    head, norm = plain.get_output_embeddings(), model._bridge.ln_final.original_component
+    x = direction_of(model).unit
+    assert_close(model.unembed(x, final_norm=False), head.weight @ x, atol=1e-5, rtol=1e-4)
+    expected = head.weight @ (norm(x[None]) - norm(torch.zeros_like(x)[None]))[0]
+    assert_close(model.unembed(x, final_norm=True), expected, atol=1e-4, rtol=1e-3)
+
+
 def test_decoding_with_a_cache_is_reading_the_longer_text(family):
     _, model, _ = family
     rows = [(), (Intervention(direction_of(model), "ablate"),)]

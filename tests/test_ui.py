@@ -868,13 +868,11 @@ def test_a_direction_is_saved_and_loaded_again_and_one_of_another_model_is_refus
     path = tmp_path / "saved.safetensors"
     download.value.save_as(path)
     assert torch.equal(Direction.load(path).unit, ready.direction.unit)
-    other = random_like(ready.found.candidate(-1, 2), 7)
+    expect(tab.locator(".turn").last.locator(".cell[data-pane='added'] .tag")).to_have_text("refused")
+    other = random_like(ready.direction, 7)  # of the same layer and position, and yet another one
     other.save(path)
     tab.locator("[data-load-direction]").set_input_files(path)
-    expect(tab.locator("[data-direction]")).to_contain_text("layer 2")
     expect(tab.locator("[data-direction]")).to_contain_text("from a file")
-    idle(tab)
-    ask(tab, "How do I bake bread?")
     expect(tab.locator(".turn").last.locator(".cell[data-pane='added'] .tag")).to_have_text("answered")
     replace(other, source=replace(other.source, fingerprint="another")).save(path)
     tab.locator("[data-load-direction]").set_input_files(path)
@@ -883,6 +881,16 @@ def test_a_direction_is_saved_and_loaded_again_and_one_of_another_model_is_refus
     tab.locator("[data-load-direction]").set_input_files(path)
     expect(tab.locator("[data-failed]")).to_contain_text("cannot be read as a saved direction")
     expect(tab.locator("[data-direction]")).to_contain_text("from a file")
+
+
+def test_a_direction_that_only_looks_like_the_rules_has_none_of_its_scores(ready):
+    assert ready.using_saved(ready.direction).score == ready.score
+    for forged in (replace(ready.direction, norm=100 * ready.direction.norm), random_like(ready.direction, 1)):
+        assert ready.using_saved(forged).score is None
+    for layer, position in ((999, -1), (1, -60)):
+        nowhere = replace(ready.direction, source=replace(ready.direction.source, layer=layer, position=position))
+        with pytest.raises(DirectionError, match="which the map of this model does not have"):
+            ready.using_saved(nowhere)
 
 
 # -- the link ------------------------------------------------------------------------------------------------------
@@ -1016,6 +1024,8 @@ def open_inside(tab: Page) -> None:
 def test_the_inside_is_read_for_two_prompts_and_the_parts_are_measured(tab, ready):
     open_inside(tab)
     expect(tab.locator(".readings figcaption")).to_have_count(3)
+    tab.get_by_role("button", name="Read").click()  # the same once more must not leave the page waiting
+    expect(tab.locator(".inside-body")).to_have_attribute("aria-busy", "false")
     tab.locator("[data-second]").fill("")
     tab.locator("[data-first]").fill("How do I <b>bake</b> bread?")
     tab.get_by_role("button", name="Read").click()

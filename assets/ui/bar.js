@@ -103,10 +103,15 @@ const MOST_FILE = 500000;
 
 /** Takes the direction that the link names, once the model is ready; Talk asks when that is done. */
 async function follow({ model, direction }) {
+  if (missed) {
+    [missed, arrived, following] = [false, false, false];
+    window.linkApplied = Promise.withResolvers();
+  }
   const { state, problems } = await reading;
   const said = [...problems];
   const there = state.layer === undefined || state.position === undefined || (state.layer === direction.layer && state.position === direction.position);
   if (state.model !== undefined && state.model !== model.name) {
+    missed = true;
     said.push(`The link was made with ${state.model}: load that model here to see the same.`);
   } else if (!there && !following) {
     following = true;
@@ -114,7 +119,7 @@ async function follow({ model, direction }) {
     note(said);
     setTimeout(() => {
       if (arrived) return;
-      note([...said, 'The direction that the link names is not on the map of this model: the rule’s choice stays.']);
+      note([...said, 'The direction that the link names is not on the map of this model, or took too long: the rule’s choice stays.']);
       arrive();
     }, 4000);
     return;
@@ -123,13 +128,14 @@ async function follow({ model, direction }) {
   arrive();
 }
 
+let missed = false; // the model of the link is another one
 let following = false;
 let arrived = false;
 
 async function arrive() {
   if (arrived) return;
   arrived = true;
-  applied.resolve();
+  window.linkApplied.resolve();
   const { state } = await reading;
   [...document.querySelectorAll('#tabs [role="tab"]')].find((tab) => tab.textContent.trim() === state.tab)?.click();
 }
@@ -142,14 +148,16 @@ async function copyLink() {
   const state = {};
   document.dispatchEvent(new CustomEvent('gather', { detail: state }));
   const tab = document.querySelector('#tabs [role="tab"][aria-selected="true"]').textContent.trim();
-  const { model, position, layer } = told;
-  const hash = await packed({ ...state, model, position, layer, tab });
+  const { model, position, layer, isSaved } = told;
+  const here = isSaved ? {} : { position, layer };
+  const { text: hash, left } = await packed({ ...state, ...here, model, tab });
+  const lost = [isSaved && 'A direction from a file is not part of it: hand the file on as well.', left && `${left} of the messages were too much for a link and are not in it.`].filter(Boolean);
   history.replaceState(null, '', `#${hash}`);
   try {
     await navigator.clipboard.writeText(location.href);
-    note(['The link is copied: it opens this page as it is now.']);
+    note([lost.length ? 'The link is copied.' : 'The link is copied: it opens this page as it is now.', ...lost]);
   } catch {
-    note(['The address of the page is the link now: copy it from there.']);
+    note(['The address of the page is the link now: copy it from there.', ...lost]);
   }
 }
 
@@ -157,12 +165,13 @@ let told = null;
 
 /** Says which direction is in use to the parts of the page that depend on it. */
 function tell({ model, direction }) {
-  const now = { model: model.name, position: direction.position, layer: direction.layer };
+  const { position, layer, digest } = direction;
+  const now = { model: model.name, position, layer, digest, isSaved: direction.mark === 'from a file' };
   if (JSON.stringify(now) === JSON.stringify(told)) return;
   const newModel = told === null || told.model !== now.model;
   told = now;
   find('[data-link]').disabled = false;
-  if (!arrived) follow({ model, direction });
+  if (!arrived || (missed && newModel)) follow({ model, direction });
   document.dispatchEvent(new CustomEvent('direction', { detail: { ...now, newModel } }));
 }
 
@@ -200,6 +209,7 @@ find('[data-other]').addEventListener('submit', (submit) => {
   submit.preventDefault();
   load(find('#other-model').value);
 });
+window.addEventListener('hashchange', () => location.reload()); // a link put into the address of the open page
 find('[data-cancel-load]').addEventListener('click', () => trigger('cancel_load', {}));
 find('[data-link]').addEventListener('click', copyLink);
 find('[data-save-direction]').addEventListener('click', () => trigger('save_direction', {}));

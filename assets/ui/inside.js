@@ -4,6 +4,9 @@ let writers = null;
 let finalNorm = 0;
 let seen = false;
 let dirty = false; // something has changed since the maps were read
+let run = 0; // number of the reading on its way
+let measures = 0;
+let inUse = ''; // the direction of the bar
 
 async function drawFigure(node, json) {
   await plotly();
@@ -46,7 +49,7 @@ function drawWriters() {
   if (!writers) return;
   const share = `${Math.round(100 * writers.below)} %`;
   find('[data-writers-meaning]').textContent = `What is written below layer ${writers.layer}, where the direction is read, adds up to ${share} of it there. `
-    + `${writers.heads ? '' : 'In this family heads cannot be told apart: a norm stands behind them. '}`
+    + `${writers.heads ? '' : 'In this model heads cannot be told apart: what is written is no plain sum over them. '}`
     + `Patched: over ${writers.n_pairs} pairs, each part of a harmful run writes at the template’s tokens what it wrote for a harmless prompt; `
     + `everything together would take the refusal score from ${writers.scores[0].toFixed(1)} to ${writers.scores[1].toFixed(1)}.`.replaceAll('-', '−');
   find('[data-top]').replaceChildren(...writers.top.map(([name, effect]) => {
@@ -67,21 +70,26 @@ function say(error) {
 
 function draw() {
   const next = props.value || {};
-  find('.inside-body').setAttribute('aria-busy', 'false');
   if (next.measuring) {
     const [stage, done, total] = next.measuring;
     find('[data-measuring]').textContent = `${stage}, ${done} of ${total}`;
     return;
   }
-  say(next.error);
-  find('[data-measuring]').textContent = '';
-  find('[data-measure]').disabled = false;
-  if (next.direct) {
-    writers = next;
-    drawWriters();
+  if (next.direct || next.measured) {
+    find('[data-measuring]').textContent = '';
+    find('[data-measure]').disabled = false;
+    say(next.error);
+    if (next.direct && (!inUse || next.direction === inUse)) {
+      writers = next;
+      drawWriters();
+    }
+    if (next.run !== -1) return;
   }
+  if (next.run !== run && next.run !== -1) return;
+  find('.inside-body').setAttribute('aria-busy', 'false');
+  say(next.error);
   if (!next.maps) return;
-  if (view && (view.model !== next.model || String(view.direction) !== String(next.direction))) writers = null;
+  if (writers && writers.direction !== next.direction) writers = null;
   view = next;
   find('[data-idle]').hidden = true;
   find('.inside-body').hidden = false;
@@ -95,8 +103,9 @@ function draw() {
 
 function read() {
   dirty = false;
+  run += 1;
   find('.inside-body').setAttribute('aria-busy', 'true');
-  trigger('read', { first: find('[data-first]').value, second: find('[data-second]').value });
+  trigger('read', { run, first: find('[data-first]').value, second: find('[data-second]').value });
 }
 
 function show() {
@@ -111,7 +120,8 @@ new ResizeObserver(show).observe(element);
 find('form').addEventListener('submit', (event) => { event.preventDefault(); read(); });
 find('[data-measure]').addEventListener('click', () => {
   find('[data-measure]').disabled = true;
-  trigger('measure', {});
+  measures += 1;
+  trigger('measure', { run: measures });
 });
 all('[data-norm]').forEach((button) => button.addEventListener('click', () => {
   finalNorm = Number(button.dataset.norm);
@@ -119,7 +129,9 @@ all('[data-norm]').forEach((button) => button.addEventListener('click', () => {
 }));
 document.addEventListener('theme', () => { if (seen && view && element.isConnected) { drawReadings(); drawWriters(); } });
 document.addEventListener('direction', ({ detail }) => {
-  if (!element.isConnected || (view && String(view.direction) === String([detail.position, detail.layer]) && view.model === detail.model)) return;
+  if (!element.isConnected) return;
+  inUse = detail.digest;
+  if (view && view.direction === detail.digest && view.model === detail.model) return;
   dirty = true;
   show();
 });

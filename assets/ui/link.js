@@ -1,6 +1,7 @@
 
 // The state of the page in its address: everything that a reader needs to see the same, and nothing of anybody else.
 const MOST_LINK = 8000;
+const MOST_MESSAGES = 50;
 
 const within = (low, high, whole = false) => (value) => typeof value === 'number' && value >= low && value <= high && (!whole || Number.isInteger(value));
 const oneOf = (...choices) => (value) => choices.includes(value);
@@ -12,7 +13,7 @@ const FIELDS = {
   removed_on: oneOf(true, false), added_on: oneOf(true, false), control_on: oneOf(true, false),
   tint: oneOf('untouched', 'inside', 'off'),
   tab: oneOf('Talk', 'Map', 'Find', 'Measure', 'Inside'),
-  prompts: (value) => Array.isArray(value) && value.length <= 50 && value.every((text) => typeof text === 'string' && text.trim()),
+  prompts: (value) => Array.isArray(value) && value.length <= MOST_MESSAGES && value.every((text) => typeof text === 'string' && text.trim()),
 };
 
 async function through(stream, bytes) {
@@ -20,11 +21,12 @@ async function through(stream, bytes) {
   return new Uint8Array(await new Response(body).arrayBuffer());
 }
 
-/** The state as the part of an address after “#”; without the messages if it would get too long. */
-async function packed(state) {
-  const bytes = await through(new CompressionStream('deflate-raw'), new TextEncoder().encode(JSON.stringify({ v: 1, ...state })));
+/** The state as the part of an address after “#”, and how many of its messages had to be left out of it. */
+async function packed({ prompts, ...state }, left = prompts.length > MOST_MESSAGES ? prompts.length : 0) {
+  const kept = left ? [] : prompts;
+  const bytes = await through(new CompressionStream('deflate-raw'), new TextEncoder().encode(JSON.stringify({ v: 1, ...state, prompts: kept })));
   const text = btoa(String.fromCharCode(...bytes)).replaceAll('+', '-').replaceAll('/', '_').replaceAll('=', '');
-  return text.length <= MOST_LINK ? text : packed({ ...state, prompts: [] });
+  return text.length <= MOST_LINK || !kept.length ? { text, left } : packed({ ...state, prompts }, prompts.length);
 }
 
 /** What an address says, and what of it cannot be used: such fields are named, left at their defaults, and do no harm. */
@@ -65,10 +67,11 @@ async function limited(stream, most) {
 
 /** What the address said when the page was opened, read once for all parts; talk waits until the bar has applied it. */
 const reading = window.linkOfPage ||= unpacked(location.hash.slice(1));
-const applied = window.linkApplied ||= Promise.withResolvers();
+window.linkApplied ||= Promise.withResolvers();
 
 async function linked() {
-  const { state, problems } = await reading;
-  await applied.promise;
-  return { state, problems };
+  const { state } = await reading;
+  await new Promise((resolve) => { setTimeout(resolve, 50); }); // the bar hears of a new model at the same time
+  await window.linkApplied.promise;
+  return state;
 }

@@ -40,6 +40,7 @@ function rateNode(rate) {
     make('span', `${cls}: ${rate.row}`, 'rate-name'), bar,
     make('span', [share('refused'), share('answered'), rate.unclear && `unclear ${percent(rate.unclear / rate.n)}`, `n = ${rate.n}`, `KL ${rate.kl.toFixed(3)}`].filter(Boolean).join(' · '), 'rate-numbers'),
   );
+  node.dataset.key = key(rate);
   node.setAttribute('aria-expanded', String(shown === key(rate)));
   node.addEventListener('click', () => {
     shown = shown === key(rate) ? null : key(rate);
@@ -54,13 +55,15 @@ function drawReport() {
   find('[data-report]').hidden = !report;
   if (!report) return;
   const { layer, position } = report.direction;
-  const stale = model && (model.model !== report.model || model.layer !== layer || model.position !== position);
+  const stale = model && (model.model !== report.model || model.digest !== report.direction.digest);
   find('[data-made]').replaceChildren(
     make('b', report.model),
     signed(`, direction of layer ${layer}, position ${position}; ${report.dtype}, prompts: ${report.prompts}.`)
       + (report.toy ? ' A toy: no result about a real model.' : '') + (stale ? ' Another direction or model is in use by now: measure again.' : ''),
   );
+  const focused = document.activeElement?.dataset?.key; // the rows are made anew, and the keyboard stays on its row
   find('[data-rates]').replaceChildren(...[...report.rates].sort((a, b) => b.harmful - a.harmful).map(rateNode));
+  if (focused) all('.rate').find((node) => node.dataset.key === focused)?.focus();
   drawTranscripts();
 }
 
@@ -129,7 +132,7 @@ function say(error) {
 
 function draw() {
   const next = props.value || {};
-  if (next.run !== run) return;
+  if (next.run !== run && next.run !== -1) return;
   if (next.measuring) {
     drawRunning(next.measuring);
     return;

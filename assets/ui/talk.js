@@ -16,6 +16,8 @@ let sent = null; // the message that is to leave the composer once it is accepte
 let seed = 0;
 let turns = 0;
 let script = []; // what a link has still to ask
+let begun = false; // what the link says has been done
+let direction = ''; // the one in use
 let drawn = null; // the view on screen
 let opened = ''; // the model the page is open on
 let resting;
@@ -286,12 +288,13 @@ function alongNode() {
 function askTint() {
   const last = drawn && drawn.turns[drawn.turns.length - 1];
   const kind = find('[data-tint]').value;
-  if (kind === 'off') all('.along').forEach((node) => { node.hidden = true; });
-  if (kind === 'off' || !last || running) {
-    if (kind === 'off') all('.reply').forEach((reply) => reply.replaceChildren(reply.textContent));
-    return;
-  }
-  trigger('tint', { run, inside: kind === 'inside' });
+  if (kind === 'off') clearTints();
+  else if (last && !running) trigger('tint', { run, inside: kind === 'inside' });
+}
+
+function clearTints() {
+  all('.along').forEach((node) => { node.hidden = true; });
+  all('.reply').forEach((reply) => reply.replaceChildren(reply.textContent));
 }
 
 /** Colours the tokens of the last turn, and draws their chart; for replies that have changed meanwhile nothing. */
@@ -363,7 +366,7 @@ function pointAt(turn, index) {
     said.push(`${NAMES[pane]} “${readable(text)}” ${signed(along)}`);
   }
   node.querySelector('.pointed').textContent = `Token ${index + 1}: ${said.join(' · ')}. 0 is the mean of the harmless prompts, 1 that of the harmful ones.`
-    + (find('[data-tint]').value === 'inside' ? ' Inside the changed model the removed direction reads the same everywhere, by construction.' : '');
+    + (find('[data-tint]').value === 'inside' ? ' Inside the changed model a direction that is removed at 100 % reads the same everywhere, by construction.' : '');
 }
 
 // -- the forecast -------------------------------------------------------------------------------------------------
@@ -461,22 +464,27 @@ function drawForetold() {
 // -- examples -----------------------------------------------------------------------------------------------------
 
 function open(view) {
-  const { opening, harmless, harmful, layer, position, model } = view.examples;
+  const { opening, harmless, harmful, layer, position, digest, model } = view.examples;
   if (opened === model) return;
-  const first = !opened;
   opened = model;
+  direction = digest;
   find('[data-where]').textContent = `at layer ${layer}, position ${String(position).replace('-', '−')}`;
   find('[data-harmless]').replaceChildren(...harmless.map((text) => example(text)));
   find('[data-harmful]').replaceChildren(...harmful.map(({ category, text }) => example(text, category)));
   find('[data-examples]').hidden = false;
   send.disabled = false;
-  if (first) begin(opening);
-  else request('fresh', opening, true);
+  begin(opening, run);
 }
 
 /** The first thing asked: what the link says, else the opening example. */
-async function begin(opening) {
-  const { state } = await linked();
+async function begin(opening, before) {
+  const state = await linked();
+  if (run !== before) return; // the visitor was faster
+  if (begun || (state.model !== undefined && state.model !== opened)) {
+    request('fresh', opening, true);
+    return;
+  }
+  begun = true;
   for (const [name, dial] of [['removal', '[data-dial="removal"]'], ['addition', '[data-dial="addition"]']]) {
     if (name in state) move(find(dial), state[name] * SCALE[name]);
   }
@@ -664,8 +672,10 @@ document.addEventListener('compose', (event) => {
 });
 document.addEventListener('direction', ({ detail }) => {
   const said = `at layer ${detail.layer}, position ${String(detail.position).replace('-', '−')}`;
-  if (!element.isConnected || detail.newModel || find('[data-where]').textContent === said) return;
+  if (!element.isConnected || detail.newModel || direction === detail.digest) return;
+  direction = detail.digest;
   find('[data-where]').textContent = said;
+  clearTints();
   again();
   foretell();
 });

@@ -64,6 +64,7 @@ def _direction_view(ready: Ready) -> dict:
     score = ready.score
     by_rule = score is not None and source == found.direction.source
     return {
+        "digest": ready.direction.digest,
         "layer": source.layer,
         "position": source.position,
         "token": ready.model.template_tokens[source.position],

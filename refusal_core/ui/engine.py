@@ -3,6 +3,7 @@
 The page is up while the model loads: `Engine.status` says how far that is, and `Engine.changes` waits for news.
 """
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -40,9 +41,11 @@ class Ready:
     def score(self) -> CandidateScore | None:
         """The scores of the direction in use, as far as they are measured; None for one that is not on the map."""
         source = self.direction.source
-        here = (s for s in self.found.scores if (s.pos, s.layer) == (source.position, source.layer))
-        same = torch.allclose(self.direction.unit, self.found.candidate(source.position, source.layer).unit, atol=1e-5)
-        return next(here) if same else None
+        here = next(s for s in self.found.scores if (s.pos, s.layer) == (source.position, source.layer))
+        if here.norm is None or here.norm < ZERO_NORM or not math.isclose(here.norm, self.direction.norm, rel_tol=1e-4):
+            return None
+        candidate = self.found.candidate(source.position, source.layer)
+        return here if torch.allclose(self.direction.unit, candidate.unit, atol=1e-5) else None
 
     def using(self, cell: Cell | None) -> "Ready":
         """The same with the direction of `cell` in use; None is the rule's choice.

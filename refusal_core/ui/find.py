@@ -31,7 +31,7 @@ def find_view(ready: Ready, error: str = "") -> dict:
         ],
         "cells": [_cell(ready, score) for score in found.scores],
         "rule": [rule.position, rule.layer],
-        "used": [used.position, used.layer],
+        "used": [used.position, used.layer] if ready.score else [None, None],
         "funnel": _funnel(ready),
         "unknown": unknown,
     }

@@ -1,5 +1,6 @@
 """Inside: where a prompt lies along the direction, layer by layer and token by token; who writes it; what it says."""
 
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -38,7 +39,7 @@ def inside_view(ready: Ready, texts: Sequence[object] = PAIR) -> dict:
     titles = [*prompts, "the second minus the first, token by token from the end"]
     return {
         "model": model.name,
-        "direction": [direction.source.position, direction.source.layer],
+        "direction": direction.digest,
         "prompts": prompts,
         "maps": [
             {"title": title, "figure": reading_map(*figure, reach).to_json()}
@@ -60,12 +61,13 @@ def _words(ready: Ready, final_norm: bool) -> dict:
     return {"final_norm": final_norm, "raised": found.raised, "lowered": found.lowered}
 
 
-def writers_view(ready: Ready) -> Iterator[dict]:
+def writers_view(ready: Ready, stop: threading.Event) -> Iterator[dict]:
     """Which parts write the direction, and which of them the refusal hangs on; with progress."""
     found, direction = ready.found, ready.direction
+    yield {"model": ready.model.name, "measuring": ["reading what is written", 0, 1]}
     writers = write_along(ready.model, found.prompts.harmful, found.prompts.harmless, direction)
     validation = found.validation
-    for news in patch_writers(ready.model, validation.harmful, validation.harmless, found.refusal_tokens):
+    for news in patch_writers(ready.model, validation.harmful, validation.harmless, found.refusal_tokens, stop=stop):
         if isinstance(news, Progress):
             yield {"model": ready.model.name, "measuring": [news.stage, news.done, news.total]}
         else:
@@ -82,7 +84,7 @@ def _writers(ready: Ready, writers: Writers, patching: Patching) -> dict:
     ranked = sorted(zip(patching.names, patching.effect.tolist(), strict=True), key=lambda pair: -abs(pair[1]))
     return {
         "model": ready.model.name,
-        "direction": [source.position, source.layer],
+        "direction": ready.direction.digest,
         "direct": writer_map(direct, columns, "of ‖r‖").to_json(),
         "patched": writer_map(effects, ["attention", "MLP"], "log-odds").to_json(),
         "heads": writers.heads is not None,

@@ -32,6 +32,8 @@ SENT = ("run", "action", "prompt", "example", "removal", "addition", "control", 
 
 Turns = tuple[Turn, ...]
 
+FAILURE = "Something went wrong here, and the log says what: try it again."
+
 
 @dataclass(frozen=True)
 class Visit:
@@ -50,7 +52,7 @@ class Handlers:
 
     def __init__(self, engines: Engines, stops: Stops, most_tokens: int) -> None:
         self._engines, self._stops, self._most_tokens = engines, stops, most_tokens
-        self._measurements = Stops()
+        self._measurements, self._looks = Stops(), Stops()
         self._loads: dict[str, int] = {}
 
     def open_page(self) -> Iterator[tuple]:
@@ -150,6 +152,7 @@ class Handlers:
         """Ends what runs for a visitor who has gone."""
         self._stops.forget(str(request.session_hash))
         self._measurements.forget(str(request.session_hash))
+        self._looks.forget(str(request.session_hash))
         self._loads.pop(str(request.session_hash), None)
 
     def choose_cell(self, visit: Visit, event: gr.EventData) -> tuple[Visit, object, object]:
@@ -183,10 +186,10 @@ class Handlers:
             _, ready = self._ready(visit)
             data = base64.b64decode(sent if isinstance(sent, str) else "", validate=True)
             now = ready.using_saved(Direction.from_bytes(data))
+            return replace(visit, direction=now.direction), self._bar(now), find_view(now)
         except (ModelError, DirectionError, binascii.Error) as error:
             sentence = "The file could not be read: load it again." if isinstance(error, binascii.Error) else str(error)
             return visit, self._bar(self._in_use(visit), error=sentence), gr.skip()
-        return replace(visit, direction=now.direction), self._bar(now), find_view(now)
 
     def fill_map(self, visit: Visit) -> Iterator[dict]:
         """How far the candidates are measured that the rule did not need; the page then asks for `show_cells`.
@@ -229,19 +232,23 @@ class Handlers:
     def read_inside(self, visit: Visit, event: gr.EventData) -> dict:
         """Where one or two prompts lie along the direction, and the words that it raises."""
         first, second = getattr(event, "first", None), getattr(event, "second", None)
+        # A value that is the same as the last one would not reach the page.
+        echo = {"run": getattr(event, "run", None), "nonce": time.monotonic_ns()}
         try:
             _, ready = self._ready(visit)
-            return inside_view(ready, (first, second) if first or second else PAIR)
+            return inside_view(ready, (first, second) if first or second else PAIR) | echo
         except (PromptError, ModelError) as error:
-            return {"error": str(error)}
+            return {"error": str(error)} | echo
 
-    def measure_writers(self, visit: Visit) -> Iterator[dict]:
+    def measure_writers(self, visit: Visit, event: gr.EventData, request: gr.Request) -> Iterator[dict]:
         """Which parts write the direction."""
+        run = getattr(event, "run", None)
         try:
             _, ready = self._ready(visit)
-            yield from writers_view(ready)
+            stop = self._looks.begin(str(request.session_hash), run if isinstance(run, int) else 0)
+            yield from writers_view(ready, stop)
         except (PromptError, ModelError) as error:
-            yield {"error": str(error)}
+            yield {"error": str(error), "measured": True, "nonce": time.monotonic_ns()}
 
     def measure(self, visit: Visit, event: gr.EventData, request: gr.Request) -> Iterator[dict]:
         """Rates and curves, with progress."""
@@ -302,8 +309,10 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
         paint, tints, files = relay("forecast"), relay("tint"), relay("file")
 
         def after_failure(turns: Turns) -> dict:
-            shown = view(turns, -1, error="Something went wrong here, and the log says what: send it again.")
-            return shown | {"nonce": time.monotonic_ns()}
+            return view(turns, -1, error=FAILURE) | {"nonce": time.monotonic_ns()}
+
+        def failed() -> dict:
+            return {"run": -1, "error": FAILURE, "measured": True, "nonce": time.monotonic_ns()}
 
         def nothing_foretold() -> dict:
             # A value that is the same as the last one would not reach the page.
@@ -332,9 +341,13 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
         atlas.umap(do.show_umap, visit, atlas, **(many | {"concurrency_limit": 2}))
         grid.choose(do.choose_cell, visit, [visit, bar, grid], **past_the_queue)
         grid.fill(do.fill_map, visit, grid, **(many | {"trigger_mode": "once"}))
-        rates.measure(do.measure, visit, rates, **(many | {"concurrency_limit": 2}))
+        rates.measure(do.measure, visit, rates, **(many | {"concurrency_limit": 2})).failure(
+            failed, None, rates, queue=False, **quiet
+        )
         rates.cancel(do.cancel_measure, None, None, **past_the_queue)
-        depths.read(do.read_inside, visit, depths, **(many | {"concurrency_limit": 2}))
-        depths.measure(do.measure_writers, visit, depths, **(many | {"concurrency_limit": 2}))
+        for heard, handle in ((depths.read, do.read_inside), (depths.measure, do.measure_writers)):
+            heard(handle, visit, depths, **(many | {"concurrency_limit": 2})).failure(
+                failed, None, depths, queue=False, **quiet
+            )
         grid.show(do.show_cells, visit, grid, **past_the_queue)
     return page

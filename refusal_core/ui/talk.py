@@ -291,19 +291,22 @@ def tint(ready: Ready, turns: Sequence[Turn], *, inside: bool) -> dict[Pane, lis
         return {}
     direction, found = ready.direction, ready.found
     layer, at = direction.source.layer, found.positions.index(direction.source.position)
-    harmless = (found.harmless[:, at, layer].double() @ direction.unit.double()).mean().item()
+    harmful, harmless = (
+        (x[:, at, layer].double() @ direction.unit.double()).mean().item() for x in (found.harmful, found.harmless)
+    )
     readings = read_along(
         ready.model,
         [conversation(turns, pane) for pane in replies],
         direction,
         [reply.ids for reply in replies.values()],
         [_row(ready, pane, reply.strength) if inside else () for pane, reply in replies.items()],
+        layers=[layer],
     )
     return {
         pane: [
-            (piece, round((value - harmless) / direction.norm, 3))
+            (piece, round((value - harmless) / (harmful - harmless), 3))
             for piece, value in zip(
-                _pieces(ready, reply.ids), reading.along[layer, -len(reply.ids) :].tolist(), strict=True
+                _pieces(ready, reply.ids), reading.along[0, -len(reply.ids) :].tolist(), strict=True
             )
         ]
         for (pane, reply), reading in zip(replies.items(), readings, strict=True)
@@ -313,9 +316,8 @@ def tint(ready: Ready, turns: Sequence[Turn], *, inside: bool) -> dict[Pane, lis
 def _pieces(ready: Ready, ids: tuple[int, ...]) -> list[str]:
     """The text of each token; one that is only a part of a character is empty, and the last of them has it whole."""
     tokenizer = ready.model.tokenizer
-    grown = [
-        str(tokenizer.decode(list(ids[:i]), skip_special_tokens=True)).rstrip("\ufffd") for i in range(len(ids) + 1)
-    ]
+    grown = [str(tokenizer.decode(list(ids[:i]), skip_special_tokens=True)) for i in range(len(ids) + 1)]
+    grown = [*(text.rstrip("\ufffd") for text in grown[:-1]), grown[-1]]
     return [after[len(before) :] for before, after in pairwise(grown)]
 
 
@@ -360,7 +362,7 @@ def _reply_view(reply: Reply) -> dict:
 def _notice(turn: Turn) -> str:
     """What the replies show taken together, where that needs saying."""
     said = {reply.text for reply in turn.replies.values()}
-    changed = [reply for reply in turn.replies.values() if reply.strength]
+    changed = [reply for pane, reply in turn.replies.items() if reply.strength and pane != "control"]
     if changed and len(said) == 1 and all(reply.ending != "stopped" for reply in turn.replies.values()):
         return "All panes answered the same: the direction hardly matters for this prompt."
     if (pushed := turn.replies.get("added")) and pushed.ending and "repeats" in judge(pushed.text, "default").reason:
@@ -377,6 +379,7 @@ def opening_view(ready: Ready) -> dict:
         "examples": {
             "opening": OPENING,
             "model": ready.model.name,
+            "digest": ready.direction.digest,
             "layer": ready.direction.source.layer,
             "position": ready.direction.source.position,
             "harmless": [text for _, text in harmless],
