@@ -22,6 +22,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from torch import Tensor
+
 from refusal_core.chat_model import ChatModel, Conversation
 from refusal_core.directions import Direction, random_like
 from refusal_core.generation import Ending, stream_side_by_side
@@ -292,18 +295,21 @@ def dose_response(
     scales = tuple(scales) if scales is not None else REMOVALS if kind == "ablate" else ADDITIONS
     (prompt,) = model.batches([conversation])
     layer = direction.source.layer
-    untouched = model.run(prompt, read=slice(None) if kind == "add" else None, read_layers=[layer])
-    start = None if untouched.resid_pre is None else untouched.resid_pre[:, :, 0]
-    rows = [(Intervention(direction, kind, scale),) for scale in scales]
-    refusal: list[float] = []
-    kl: list[float] = []
+    start = None
+    if kind == "add":
+        resid_pre = model.run(prompt, read=slice(None), read_layers=[layer]).resid_pre
+        assert resid_pre is not None
+        start = resid_pre[:, :, 0]
+    rows = [(), *((Intervention(direction, kind, scale),) for scale in scales)]
     at_a_time = max(1, MAX_TOKENS // prompt.ids.numel())
+    parts: list[Tensor] = []
     for i in range(0, len(rows), at_a_time):
         chunk = rows[i : i + at_a_time]
         restart = None if start is None else (layer, start.repeat(len(chunk), 1, 1))
-        logits = model.run(prompt.repeat(len(chunk)), chunk, start=restart).logits
-        refusal += refusal_probability(logits, refusal_tokens).tolist()
-        kl += kl_divergence(untouched.logits.expand_as(logits), logits).tolist()
+        parts.append(model.run(prompt.repeat(len(chunk)), chunk, start=restart).logits)
+    untouched, logits = torch.cat(parts).split([1, len(scales)])
+    refusal = refusal_probability(logits, refusal_tokens).tolist()
+    kl = kl_divergence(untouched.expand_as(logits), logits).tolist()
     return DoseResponse(kind, scales, tuple(refusal), tuple(kl))
 
 

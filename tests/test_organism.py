@@ -59,7 +59,7 @@ def test_no_held_concept_is_in_any_training_text():
         for said in {concept.text, concept.text if concept.is_text else gerund(concept.text), addressed(concept.text)}:
             assert bare(said) not in everything, said
     trained = [c for c in concepts() if not c.held and not c.is_text]
-    assert sum(bare(c.text) in everything for c in trained) > 0.9 * len(trained), "the search must be able to find"
+    assert sum(bare(c.text) in everything for c in trained) > 0.8 * len(trained), "the search must be able to find"
 
 
 def test_no_test_prompt_and_no_held_phrasing_is_in_any_training_text():

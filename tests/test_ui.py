@@ -81,6 +81,18 @@ SENT = {
 # -- the rules of a conversation -----------------------------------------------------------------------------------
 
 
+def test_a_system_prompt_stands_first_in_every_pane_and_is_that_of_the_turn_in_hand():
+    before = Turn("Hi", {pane: Reply(f"{pane}.", (1,), "end") for pane in PANES}, system="old")
+    for pane in PANES:
+        said = conversation((before, Turn("Who are you?", system="Be kind.")), pane)
+        assert [m["role"] for m in said] == ["system", "user", "assistant", "user"]
+        assert said[0]["content"] == "Be kind." and said[2]["content"] == f"{pane}."
+        assert conversation((before, Turn("Who are you?")), pane)[0]["role"] == "user"
+    with pytest.raises(PromptError, match="at most 2,000 characters"):
+        Ask.read(SENT | {"system": "a" * 2001})
+    assert Ask.read(SENT | {"system": ["no text"]}).system == ""
+
+
 def test_no_order_of_events_brings_text_of_one_pane_into_the_history_of_another():
     rng = random.Random(0)
     for _ in range(200):
@@ -919,6 +931,7 @@ def test_a_link_opens_the_page_as_it_was(chromium, tab, ready):
     set_dial(tab, "addition", 1.5)
     set_dial(tab, "removal", 50)
     tab.locator("[data-length]").fill("24")
+    tab.get_by_label("system prompt").fill("You are a pirate.")
     tab.get_by_role("checkbox", name="random control").check()
     idle(tab)
     tab.get_by_role("button", name="Retry").click()
@@ -932,6 +945,7 @@ def test_a_link_opens_the_page_as_it_was(chromium, tab, ready):
     idle(other)
     expect(other.locator("[data-direction]")).to_contain_text("layer 2")
     assert replies(other) == replies(tab)
+    expect(other.get_by_label("system prompt")).to_have_value("You are a pirate.")
     assert not seen.faults
     other.context.close()
 
@@ -1213,9 +1227,18 @@ def test_the_front_matter_of_the_readme_starts_the_gradio_that_is_pinned():
     assert stated["app_file"] == "app.py" and stated["license"] == "mit" and len(stated["short_description"]) <= 60
 
 
-def test_a_load_that_a_newer_one_has_overtaken_shows_nothing_more(tmp_path):
+@pytest.fixture
+def engines() -> Iterator[Engines]:
+    """Engines of which nothing goes on in the background afterwards."""
+    engines = Engines(Engine(), [], any_model=True)
+    yield engines
+    engines.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "engine" and thread in engines._started]
+
+
+def test_a_load_that_a_newer_one_has_overtaken_shows_nothing_more(engines, tmp_path):
     names = [str(shutil.copytree(ORGANISM, tmp_path / name)) for name in ("first", "second")]
-    handlers = Handlers(Engines(Engine(), [], any_model=True), Stops(), 64)
+    handlers = Handlers(engines, Stops(), 64)
     visitor = gr.Request(session_hash="visitor")
     clicks = [gr.EventData(None, {"model": name}) for name in names]
     first, second = (handlers.load_model(Visit(), click, visitor) for click in clicks)
@@ -1225,8 +1248,8 @@ def test_a_load_that_a_newer_one_has_overtaken_shows_nothing_more(tmp_path):
     assert list(first) == []
 
 
-def test_a_load_that_is_cancelled_shows_nothing_more(tmp_path):
-    handlers = Handlers(Engines(Engine(), [], any_model=True), Stops(), 64)
+def test_a_load_that_is_cancelled_shows_nothing_more(engines, tmp_path):
+    handlers = Handlers(engines, Stops(), 64)
     visitor = gr.Request(session_hash="visitor")
     click = gr.EventData(None, {"model": str(shutil.copytree(ORGANISM, tmp_path / "slow"))})
     loading = handlers.load_model(Visit(), click, visitor)
@@ -1235,8 +1258,7 @@ def test_a_load_that_is_cancelled_shows_nothing_more(tmp_path):
     assert list(loading) == []
 
 
-def test_the_model_asked_for_longest_ago_makes_room(tmp_path):
-    engines = Engines(Engine(), [], any_model=True)
+def test_the_model_asked_for_longest_ago_makes_room(engines, tmp_path):
     names = [str(tmp_path / str(i)) for i in range(3)]
     first, *later = [engines.load(name) for name in names]
     with pytest.raises(ModelError, match="put away"):

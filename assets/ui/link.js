@@ -11,6 +11,7 @@ const FIELDS = {
   removal: within(0, 1), addition: within(-1, 2), temperature: within(0, 2),
   max_new_tokens: within(1, 512, true), seed: within(0, 2 ** 31, true),
   removed_on: oneOf(true, false), added_on: oneOf(true, false), control_on: oneOf(true, false),
+  system: (value) => typeof value === 'string' && value.length <= 2000,
   tint: oneOf('untouched', 'inside', 'off'),
   tab: oneOf('Talk', 'Map', 'Find', 'Measure', 'Inside'),
   prompts: (value) => Array.isArray(value) && value.length <= MOST_MESSAGES && value.every((text) => typeof text === 'string' && text.trim()),

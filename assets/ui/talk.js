@@ -44,6 +44,7 @@ function settings() {
     temperature: number('[data-temperature]', 0),
     max_new_tokens: number('[data-length]', 96),
     seed,
+    system: find('[data-system]').value.trim(),
   };
 }
 
@@ -275,6 +276,7 @@ function alongNode() {
   cursor.min = 0;
   cursor.setAttribute('aria-label', 'Token of the replies');
   cursor.addEventListener('input', () => pointAt(node.closest('.turn'), cursor.valueAsNumber));
+  node.addEventListener('toggle', () => pointAt(node.closest('.turn'), cursor.valueAsNumber));
   node.append(
     make('summary', 'Along the reply: where each token lies on the direction'),
     shape('svg', { viewBox: `0 0 ${WIDE} ${HIGH}`, preserveAspectRatio: 'none', 'aria-hidden': 'true' }),
@@ -362,7 +364,7 @@ function pointAt(turn, index) {
   for (const [pane, tokens] of Object.entries(panes)) {
     if (!tokens[index]) continue;
     const [text, along] = tokens[index];
-    cellOf(turn, pane).children[index]?.classList.add('here');
+    cellOf(turn, pane).children[index]?.classList.toggle('here', node.open);
     said.push(`${NAMES[pane]} “${readable(text)}” ${signed(along)}`);
   }
   node.querySelector('.pointed').textContent = `Token ${index + 1}: ${said.join(' · ')}. 0 is the mean of the harmless prompts, 1 that of the harmful ones.`
@@ -495,6 +497,7 @@ async function begin(opening, before) {
   for (const pane of ['removed', 'added', 'control']) {
     if (`${pane}_on` in state) find(`[data-on="${pane}"]`).checked = state[`${pane}_on`];
   }
+  if ('system' in state) find('[data-system]').value = state.system;
   if ('tint' in state) find('[data-tint]').value = state.tint;
   seed = state.seed ?? seed;
   showDials();
@@ -543,7 +546,7 @@ function pageOf(saved) {
   add(page.head, 'style', 'body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c1b18}'
     + 'table{width:100%;border-collapse:collapse;table-layout:fixed}td,th{text-align:left;vertical-align:top;padding:.5rem 1rem .5rem 0;border-top:1px solid #dcdad2;white-space:pre-wrap;overflow-wrap:anywhere}small,th{color:#5d5b54;font-weight:400}');
   add(page.body, 'h1', saved.made_with);
-  add(page.body, 'p', `${saved.model} · direction: ${saved.direction} · temperature ${saved.temperature}, seed ${saved.seed}, at most ${saved.max_new_tokens} tokens`);
+  add(page.body, 'p', `${saved.model} · direction: ${saved.direction} · system prompt: ${saved.system || 'none'} · temperature ${saved.temperature}, seed ${saved.seed}, at most ${saved.max_new_tokens} tokens`);
   for (const { prompt: said, replies } of saved.turns) {
     add(page.body, 'h2', said);
     const table = add(page.body, 'table');
@@ -600,7 +603,7 @@ function bind() {
     input.addEventListener('input', () => { showDials(); turned(); });
     input.addEventListener('dblclick', () => move(input, input.defaultValue));
   });
-  all('[data-on], [data-temperature], [data-length]').forEach((input) => {
+  all('[data-on], [data-temperature], [data-length], [data-system]').forEach((input) => {
     input.addEventListener('change', () => { showDials(); turned(); });
   });
   all('[data-segment]').forEach((button) => button.addEventListener('click', () => {
@@ -690,6 +693,7 @@ document.addEventListener('gather', ({ detail }) => {
     max_new_tokens: number('[data-length]', 96),
     removed_on: on('removed'), added_on: on('added'), control_on: on('control'),
     tint: find('[data-tint]').value,
+    system: find('[data-system]').value.trim(),
     seed,
     prompts: drawn && !drawn.turns.some((turn) => turn.example) ? drawn.turns.map((turn) => turn.prompt) : [],
   });

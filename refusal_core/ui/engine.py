@@ -5,6 +5,7 @@ The page is up while the model loads: `Engine.status` says how far that is, and 
 
 import math
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -97,6 +98,7 @@ class Engine:
         self._status: Status = Progress("loading the model", 0, 0)
         self._news = threading.Condition()
         self._closing = threading.Event()
+        self.thread: threading.Thread | None = None
         self._maps: dict[int, tuple[LayerMap, ...]] = {}
         self._maps_lock = threading.Lock()
         self._umaps: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
@@ -111,7 +113,8 @@ class Engine:
 
     def start(self) -> None:
         """Prepares model and direction in a thread of its own."""
-        threading.Thread(target=self._prepare, name="engine", daemon=True).start()
+        self.thread = threading.Thread(target=self._prepare, name="engine", daemon=True)
+        self.thread.start()
 
     def close(self) -> None:
         """Ends the preparation at its next step."""
@@ -206,6 +209,7 @@ class Engines:
         self._others: dict[str, Engine] = {}
         self._turn = threading.Lock()
         self._lock = threading.Lock()
+        self._started: list[threading.Thread] = []
 
     def of(self, name: str | None) -> Engine:
         """The engine of a model that was loaded; None is the first. Raises ModelError if it has made room."""
@@ -228,6 +232,7 @@ class Engines:
             if engine is None:
                 engine = Engine(ORGANISM if name == EMBEDDED else name, self._first.prompts, self._turn)
                 engine.start()
+                self._started = [t for t in (*self._started, engine.thread) if t is not None and t.is_alive()]
             self._others[name] = engine
             while len(self._others) >= MOST_LOADED:
                 self._others.pop(next(iter(self._others))).close()
@@ -243,10 +248,14 @@ class Engines:
         with self._lock:
             self._others = {name: other for name, other in self._others.items() if other is not engine}
 
-    def close(self) -> None:
-        """Ends all preparations."""
+    def close(self, patience: float = 10.0) -> None:
+        """Ends all preparations, and waits for that: a thread that the program's end overtakes would abort it."""
         for engine in (self._first, *self._others.values()):
             engine.close()
+        deadline = time.monotonic() + patience
+        for thread in (self._first.thread, *self._started):
+            if thread is not None:
+                thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def is_known(score: CandidateScore) -> bool:

@@ -27,7 +27,19 @@ from refusal_core.ui.talk import MAX_NEW_TOKENS, Ask, Stops, Turn, opening_view,
 VISITORS_AT_ONCE = 16
 FORECASTS_AT_ONCE = 4
 TITLE = "Refusal is a direction"
-SENT = ("run", "action", "prompt", "example", "removal", "addition", "control", "temperature", "max_new_tokens", "seed")
+SENT = (
+    "run",
+    "action",
+    "prompt",
+    "example",
+    "removal",
+    "addition",
+    "control",
+    "temperature",
+    "max_new_tokens",
+    "seed",
+    "system",
+)
 """The fields of a request to the Talk tab."""
 
 Turns = tuple[Turn, ...]

@@ -28,6 +28,7 @@ Action = Literal["ask", "fresh", "again", "undo", "clear"]
 ACTIONS: dict[str, Action] = {action: action for action in get_args(Action)}
 
 MAX_CHARACTERS = 50_000
+MAX_SYSTEM = 2_000
 MAX_NEW_TOKENS = 512
 UPDATES_PER_SECOND = 12
 ADDITION = (-1.0, 2.0)
@@ -63,12 +64,16 @@ class Split:
 
 @dataclass(frozen=True)
 class Turn:
-    """A prompt and the replies of the panes that were on; `example` marks the one the page asks by itself."""
+    """A prompt and the replies of the panes that were on; `example` marks the one the page asks by itself.
+
+    `system` is the system prompt it was answered under, the same for every pane; empty for none.
+    """
 
     prompt: str
     replies: dict[Pane, Reply] = field(default_factory=dict)
     example: bool = False
     split: Split | None = None
+    system: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ class Ask:
     temperature: float = 0.0
     max_new_tokens: int = 128
     seed: int = 0
+    system: str = ""
 
     @classmethod
     def read(cls, sent: Mapping[str, object], most_tokens: int = MAX_NEW_TOKENS) -> "Ask":
@@ -97,7 +103,9 @@ class Ask:
             raise PromptError(
                 f"The page asked for {str(sent.get('action'))[:40]!r}, which is not known here: reload it."
             )
-        prompt = sent.get("prompt")
+        prompt, system = sent.get("prompt"), sent.get("system")
+        if isinstance(system, str) and len(system) > MAX_SYSTEM:
+            raise PromptError(f"A system prompt has at most {MAX_SYSTEM:,} characters here: shorten it.")
         return cls(
             run=int(_number(sent, "run", 0.0, 2.0**53)),
             action=action,
@@ -109,6 +117,7 @@ class Ask:
             temperature=_number(sent, "temperature", 0.0, 2.0),
             max_new_tokens=int(_number(sent, "max_new_tokens", 1.0, float(most_tokens))),
             seed=int(_number(sent, "seed", 0.0, 2.0**31)),
+            system=system.strip() if isinstance(system, str) else "",
         )
 
 
@@ -184,14 +193,14 @@ def next_turn(turns: tuple[Turn, ...], ask: Ask) -> tuple[tuple[Turn, ...], Turn
     if ask.action == "again":
         if not turns:
             raise PromptError("There is nothing to repeat yet: write a message first.")
-        return turns[:-1], replace(turns[-1], replies={}, split=None)
+        return turns[:-1], replace(turns[-1], replies={}, split=None, system=ask.system)
     if len(ask.prompt) > MAX_CHARACTERS:
         raise PromptError(
             f"The prompt has {len(ask.prompt):,} characters and at most {MAX_CHARACTERS:,} are read: shorten it."
         )
     opened_by_itself = len(turns) == 1 and turns[0].example
     earlier = () if ask.action == "fresh" or opened_by_itself else turns
-    return earlier, Turn(ask.prompt, example=ask.example)
+    return earlier, Turn(ask.prompt, example=ask.example, system=ask.system)
 
 
 def _replies(ready: Ready, earlier: Sequence[Turn], turn: Turn, ask: Ask, stop: threading.Event) -> Iterator[Turn]:
@@ -266,8 +275,11 @@ def _grown(ready: Ready, replies: dict[Pane, Reply], step: Step) -> dict[Pane, R
 
 
 def conversation(turns: Sequence[Turn], pane: Pane) -> list[dict[str, str]]:
-    """The chat as `pane` has had it, ending with the last prompt; turns in which it said nothing are left out."""
-    messages = []
+    """The chat as `pane` has had it, ending with the last prompt; turns in which it said nothing are left out.
+
+    It begins with the system prompt of the last turn, if there is one.
+    """
+    messages = [{"role": "system", "content": turns[-1].system}] if turns[-1].system else []
     for turn in turns[:-1]:
         if pane in turn.replies and turn.replies[pane].text:
             messages.append({"role": "user", "content": turn.prompt})
