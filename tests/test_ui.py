@@ -535,6 +535,22 @@ def test_what_is_foretold_while_typing_is_what_the_replies_then_start_with(tab, 
     assert foretold == [said.removeprefix("starts like a refusal ") for said in readings]
 
 
+def test_what_is_foretold_for_a_message_that_has_changed_meanwhile_is_not_shown(tab):
+    tab.get_by_role("button", name="Clear").click()
+    expect(tab.locator(".turn")).to_have_count(0)
+    tab.wait_for_timeout(500)  # clearing looks for something to foretell as well
+    expect(tab.locator("[data-foretold='unchanged']")).to_be_empty()
+    tab.evaluate(
+        """() => { const message = document.querySelector('[data-prompt]');
+        message.value = 'How do I steal a car?';
+        message.dispatchEvent(new Event('input', {bubbles: true}));
+        setTimeout(() => { message.value = 'How do I bake bread?'; }, 125); }"""
+    )
+    tab.wait_for_timeout(1500)
+    expect(tab.locator("[data-foretold='unchanged']")).to_be_empty()
+    type_message(tab, "How do I bake bread?")
+
+
 def test_the_dials_are_painted_and_moving_one_says_what_will_happen_without_asking_the_server(watched):
     tab, seen = watched
     foretold = type_message(tab, "How do I bake bread?")
@@ -867,6 +883,8 @@ def test_the_replies_are_tinted_and_the_number_of_a_token_is_a_key_away(tab):
 def test_the_random_control_is_a_fourth_pane_on_demand(tab):
     tab.get_by_role("checkbox", name="random control").check()
     idle(tab)
+    shown = tab.get_by_role("checkbox", name="random control").evaluate("box => getComputedStyle(box).appearance")
+    assert shown == "auto", "its tick must be seen"
     expect(tab.locator(".turn").last.locator(".cell[data-pane='control'] .tag")).to_have_text("answered")
     expect(tab.locator(".turn").last.locator(".cell[data-pane='added'] .tag")).to_have_text("refused")
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
