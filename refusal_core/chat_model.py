@@ -16,7 +16,6 @@ import functools
 import hashlib
 import json
 import re
-import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from refusal_core.decoding import Decoding, Desk, Turns
 from refusal_core.interventions import Intervention, Row, RowEdits, as_row
 from refusal_core.prompts import PromptError
 
@@ -130,7 +130,8 @@ class ChatModel:
         self.name, self.revision, self.fingerprint, self.folder = name, revision, fingerprint, folder
         self.tokenizer = tokenizer
         self._model = model
-        self._lock = threading.RLock()
+        self._lock = Turns()
+        self._desk = Desk(self._lock, lambda edits, **inputs: self._run(_Step(edits), use_cache=True, **inputs))
         self._step: _Step | None = None
         self._bridge = _bridge(model, tokenizer, name)
         self.n_layers: int = len(self._bridge.blocks)
@@ -304,9 +305,10 @@ class ChatModel:
         edits = RowEdits(self.check_rows(rows, len(batch.index)))
         step = _Step(edits, read, start, read_layers, read_writes, patches)
         positions = (batch.mask.cumsum(-1) - 1).clamp(min=0)
-        result = self._forward(
-            step, input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions, use_cache=False
-        )
+        with self._lock:
+            result = self._run(
+                step, input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions, use_cache=False
+            )
         logits = result.logits[:, -1]
         return Output(
             logits.cpu() if logits.device.type == "mps" else logits,  # scores are in float64, which MPS does not have
@@ -340,10 +342,10 @@ class ChatModel:
 
     def begin(
         self, conversations: Sequence[Conversation], rows: Sequence[Row | Intervention | None] | None = None
-    ) -> "Decoding":
+    ) -> Decoding:
         """The conversations as one batch, prompts read, ready to be continued token by token."""
-        rendered = [self.render(c) for c in conversations]
-        return Decoding(self, self._pad(tuple(range(len(rendered))), rendered), self.check_rows(rows, len(rendered)))
+        batch = self.continued(conversations, [()] * len(conversations))
+        return Decoding(self._desk, batch.ids, batch.mask, self.check_rows(rows, len(conversations)))
 
     def check_rows(self, rows: Sequence[Row | Intervention | None] | None, n_rows: int) -> list[Row]:
         """`rows` as tuples without interventions that do nothing; none given means the baseline for all.
@@ -362,8 +364,9 @@ class ChatModel:
                 )
         return checked
 
-    def _forward(self, step: _Step, **inputs):
-        with self._lock, torch.inference_mode():
+    def _run(self, step: _Step, **inputs):
+        """One step of the model, by whoever holds its lock."""
+        with torch.inference_mode():
             self._step = step
             try:
                 return self._model(**inputs, logits_to_keep=1, return_dict=True)
@@ -458,35 +461,6 @@ class ChatModel:
                 f"{self.name}: the writes that can be hooked leave {rest:.0%} of the residual stream unexplained, so "
                 "ablation would be incomplete. Take a model of another family."
             )
-
-
-class Decoding:
-    """Replies in progress: one batch with its key/value cache, advanced one token at a time."""
-
-    def __init__(self, model: ChatModel, batch: Batch, rows: Sequence[Row]) -> None:
-        self._model, self._edits, self._mask = model, RowEdits(rows), batch.mask
-        positions = (batch.mask.cumsum(-1) - 1).clamp(min=0)
-        self._next_position = positions[:, -1:] + 1
-        result = model._forward(
-            _Step(self._edits), input_ids=batch.ids, attention_mask=batch.mask, position_ids=positions, use_cache=True
-        )
-        self._cache = result.past_key_values
-        self.logits: Float[Tensor, "row d_vocab"] = result.logits[:, -1].float().cpu()
-
-    def step(self, tokens: Sequence[int]) -> None:
-        """Appends one token to each row; `logits` then are those of the token after it."""
-        ids = torch.tensor(tokens, device=self._mask.device)[:, None]
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
-        result = self._model._forward(
-            _Step(self._edits),
-            input_ids=ids,
-            attention_mask=self._mask,
-            position_ids=self._next_position,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        self._cache, self._next_position = result.past_key_values, self._next_position + 1
-        self.logits = result.logits[:, -1].float().cpu()
 
 
 def _write_points(block: GeneralizedComponent) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from refusal_core.chat_model import ChatModel, Conversation
+from refusal_core.decoding import Decoding
 from refusal_core.interventions import Intervention, Row
 
 Ending = Literal["end", "length", "stopped"]
@@ -64,26 +65,36 @@ def stream_side_by_side(
     noise = torch.Generator().manual_seed(seed)
     if stop is not None and stop.is_set():
         return
-    decoding = model.begin(conversations, rows)
     room = model.n_ctx - max(len(model.render(c)) for c in conversations)
-    limit = min(max_new_tokens, room)
-    replies: list[list[int]] = [[] for _ in conversations]
-    finished: list[Ending | None] = [None] * len(conversations)
+    decoding = model.begin(conversations, rows)
+    try:
+        yield from _steps(model, decoding, min(max_new_tokens, room), temperature, noise, stop)
+    finally:
+        decoding.close()
+
+
+def _steps(
+    model: ChatModel,
+    decoding: Decoding,
+    limit: int,
+    temperature: float,
+    noise: torch.Generator,
+    stop: threading.Event | None,
+) -> Iterator[Step]:
+    replies: list[list[int]] = [[] for _ in decoding.logits]
+    finished: list[Ending | None] = [None] * len(replies)
     for index in range(limit):
-        chosen = _choose_tokens(decoding.logits, temperature, noise)
-        added: list[int | None] = [None] * len(replies)
-        for row, token in enumerate(chosen):
-            if finished[row] is not None:
-                continue
+        added = [
+            token if ending is None else None
+            for token, ending in zip(_choose_tokens(decoding.logits, temperature, noise), finished, strict=True)
+        ]
+        for row, token in enumerate(added):
             if token in model.end_tokens:
-                finished[row] = "end"
-                continue
-            replies[row].append(token)
-            added[row] = token
-            if index + 1 == limit:
-                finished[row] = "length"
-        stopped = stop is not None and stop.is_set()
-        if stopped:
+                finished[row], added[row] = "end", None
+            elif token is not None:
+                replies[row].append(token)
+                finished[row] = "length" if index + 1 == limit else None
+        if stop is not None and stop.is_set():
             finished = [ending or "stopped" for ending in finished]
         texts = tuple(
             _decode(model, reply, ending is not None) for reply, ending in zip(replies, finished, strict=True)
@@ -91,7 +102,7 @@ def stream_side_by_side(
         yield Step(index, tuple(added), texts, tuple(finished), decoding.logits)
         if all(finished):
             return
-        decoding.step(chosen)
+        decoding.step(added)
 
 
 def _choose_tokens(logits: Float[Tensor, "row d_vocab"], temperature: float, noise: torch.Generator) -> list[int]:

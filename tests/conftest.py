@@ -1,12 +1,16 @@
 """The embedded model and its direction, made once for the whole test run."""
 
-from collections.abc import Sequence
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 import transformers
 
 from refusal_core.chat_model import ORGANISM, ChatModel
+from refusal_core.decoding import Decoding
 from refusal_core.directions import Direction
 from refusal_core.prompts import load_prompts
 from refusal_core.selection import Found, find_direction
@@ -87,3 +91,38 @@ class Plain:
 @pytest.fixture(scope="session")
 def plain() -> Plain:
     return Plain()
+
+
+def step_together(model: ChatModel, steps: Sequence[tuple[Decoding, list[int | None]]]) -> list[Exception]:
+    """One step that all these replies share, each from a thread of its own; the errors they got."""
+    errors: list[Exception] = []
+
+    def step(decoding: Decoding, tokens: list[int | None]) -> None:
+        try:
+            decoding.step(tokens)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=step, args=one) for one in steps]
+    with model._lock:
+        for thread in threads:
+            thread.start()
+        while len(model._desk._waiting) < len(steps):
+            time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+@contextlib.contextmanager
+def counting_steps(model: ChatModel) -> Iterator[list[int]]:
+    """How many rows each step of decoding has, one number a step, prompts that are read not counted."""
+    sizes: list[int] = []
+
+    def count(module, args, kwargs):
+        if kwargs.get("past_key_values") is not None:
+            sizes.append(len(kwargs["input_ids"]))
+
+    handle = model._model.register_forward_pre_hook(count, with_kwargs=True)
+    yield sizes
+    handle.remove()

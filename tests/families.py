@@ -20,6 +20,7 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 GPT2: dict[str, Any] = {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 128}
+WINDOW: dict[str, Any] = {"sliding_window": 12}  # shorter than the prompts
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("llama", {}),
@@ -29,14 +30,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen 2, tied": ("qwen2", {"tie_word_embeddings": True}),
     "Qwen 3": ("qwen3", {"head_dim": 8}),
     "Gemma 1": ("gemma", {"head_dim": 8}),
-    "Gemma 2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8}),
-    "Gemma 3, text": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8}),
-    "Mistral": ("mistral", {}),
+    "Gemma 2": ("gemma2", WINDOW | {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "Gemma 3, text": ("gemma3_text", WINDOW | {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "Mistral": ("mistral", WINDOW),
     "Mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "Phi 3": ("phi3", {}),
     "Phi (parallel)": ("phi", {}),
     "OLMo 2": ("olmo2", {}),
-    "OLMo 3": ("olmo3", {}),
+    "OLMo 3": ("olmo3", WINDOW),
     "OLMoE": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "GPT-2": ("gpt2", GPT2),
     "GPT-NeoX (parallel)": ("gpt_neox", {"use_parallel_residual": True}),
@@ -55,7 +56,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": HEADS,
         },
     ),
-    "gpt-oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
+    "gpt-oss": ("gpt_oss", WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
     "Qwen 3.5 (hybrid)": (
         "qwen3_5_text",
         {

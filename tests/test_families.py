@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import step_together
 from families import FAMILIES, HEADS_UNKNOWN, NOT_SUPPORTED, build, table
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -112,6 +113,21 @@ def test_decoding_with_a_cache_is_reading_the_longer_text(family):
         decoding.step(chosen)
     whole = model.run(model.continued(prompts, said), rows)
     assert_close(decoding.logits, whole.logits, atol=5e-4, rtol=1e-3)
+
+
+def test_replies_that_share_a_step_are_what_each_is_alone(family):
+    _, model, _ = family
+    rows = [(), (Intervention(direction_of(model), "ablate"),), (Intervention(direction_of(model), "add"),)]
+    short, long = model.begin([PROMPTS[1]], rows[1:2]), model.begin([PROMPTS[2], PROMPTS[0]], [rows[0], rows[2]])
+    said: list[list[int]] = [[], [], []]
+    # A shorter row joins a longer one, goes on without it, and comes back; another has ended meanwhile.
+    for step in ([5, 6, 7], [8, 9, None], [None, 10, None], [11, 12, None], [13, 14, None]):
+        tokens = [*zip([short, long], [step[:1], step[1:]], strict=True)]
+        step_together(model, [(d, mine) for d, mine in tokens if any(token is not None for token in mine)])
+        said = [[*reply, token] if token is not None else reply for reply, token in zip(said, step, strict=True)]
+    conversations, edits = [PROMPTS[1], PROMPTS[2], PROMPTS[0]], [rows[1], rows[0], rows[2]]
+    whole = model.run(model.continued(conversations, said), edits)
+    assert_close(torch.cat([short.logits, long.logits]), whole.logits, atol=5e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", NOT_SUPPORTED)

@@ -1,0 +1,152 @@
+"""What sharing a step promises: each reply is what it is alone, whoever comes, goes, stops or fails beside it."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import HARMFUL, HARMLESS, counting_steps, step_together
+from torch.testing import assert_close
+
+from refusal_core.chat_model import ChatModel
+from refusal_core.decoding import Turns
+from refusal_core.directions import Direction
+from refusal_core.generation import stream_side_by_side
+from refusal_core.interventions import Intervention
+from refusal_core.prompts import load_prompts
+from refusal_core.selection import find_direction
+
+TALKS = [HARMFUL, HARMLESS, "Hi", "Tell me a story about a fox.", "Name three fruits.", "What is a volcano?"]
+
+
+def rows_of(direction: Direction):
+    return [None, Intervention(direction, "ablate"), Intervention(direction, "add")]
+
+
+def texts_of(model: ChatModel, direction: Direction, talk: str, **options) -> tuple[str, ...]:
+    *_, last = stream_side_by_side(model, [talk] * 3, rows_of(direction), max_new_tokens=30, **options)
+    return last.texts
+
+
+def test_many_visitors_at_once_share_steps_and_read_what_each_would_read_alone(model: ChatModel, direction: Direction):
+    with counting_steps(model) as alone:
+        expected = [texts_of(model, direction, talk) for talk in TALKS]
+    with counting_steps(model) as together, ThreadPoolExecutor(len(TALKS)) as visitors:
+        texts = list(visitors.map(lambda talk: texts_of(model, direction, talk), TALKS))
+    assert texts == expected
+    assert len(together) < 0.6 * len(alone)
+    assert max(together) > 3, "rows of several visitors were in one step"
+
+
+def test_replies_that_meet_and_part_give_the_logits_that_each_gives_alone(model: ChatModel, direction: Direction):
+    rows = rows_of(direction)
+
+    def begin():
+        return model.begin([HARMFUL] * 3, rows), model.begin(["Hi"], [rows[2]]), model.begin([HARMLESS] * 2, rows[1:])
+
+    plan = [(0,), (0, 1), (0, 1, 2), (1, 2), (0, 2), (2,), (0, 1, 2)]
+    said = [torch.randint(3, model.d_vocab, (len(plan), n)).tolist() for n in (3, 1, 2)]
+    alone, shared = begin(), begin()
+    for turn, together in enumerate(plan):
+        step_together(model, [(shared[i], said[i][turn]) for i in together])
+        for i in together:
+            alone[i].step(said[i][turn])
+            assert_close(shared[i].logits, alone[i].logits, atol=1e-4, rtol=1e-4)
+        assert len({id(shared[i].shared) for i in together}) == 1
+
+
+def test_a_row_that_has_ended_leaves_and_the_others_go_on_as_before(model: ChatModel, direction: Direction):
+    whole, part = (model.begin([HARMFUL] * 3, rows_of(direction)) for _ in range(2))
+    with counting_steps(model) as sizes:
+        for tokens in ([5, 6, 7], [8, 9, 10], [11, 12, 13]):
+            whole.step(tokens)
+        part.step([5, 6, 7])
+        ended = part.logits[1].clone()
+        part.step([8, None, 10])
+        part.step([11, None, 13])
+    assert sizes == [3, 3, 3, 3, 2, 2]
+    assert_close(part.logits[[0, 2]], whole.logits[[0, 2]], atol=1e-4, rtol=1e-4)
+    assert torch.equal(part.logits[1], ended), "what was said last about it stays"
+
+
+def test_stopping_one_visitor_leaves_the_others_alone(model: ChatModel, direction: Direction):
+    expected, stop = texts_of(model, direction, HARMFUL), threading.Event()
+    with ThreadPoolExecutor(2) as visitors:
+        mine = visitors.submit(texts_of, model, direction, HARMFUL)
+        for step in stream_side_by_side(model, ["Hi"] * 3, rows_of(direction), max_new_tokens=200, stop=stop):
+            if step.index == 3:
+                stop.set()
+        assert set(step.finished) <= {"stopped", "end"}
+        assert mine.result() == expected
+
+
+def test_somebody_who_has_not_come_back_is_not_waited_for(model: ChatModel, direction: Direction):
+    """A visitor whose stream is suspended (a slow connection) costs the others one short wait, not one a token."""
+    suspended = stream_side_by_side(model, [HARMFUL] * 3, rows_of(direction))
+    threading.Thread(target=next, args=(suspended,)).start()
+    expected = texts_of(model, direction, HARMLESS)
+    model._desk._duration = 10.0
+    started = time.monotonic()
+    assert texts_of(model, direction, HARMLESS) == expected
+    assert time.monotonic() - started < 5
+    suspended.close()
+
+
+def test_a_failure_is_told_to_everybody_in_the_step_and_to_nobody_else(model: ChatModel, direction: Direction):
+    mine, yours, theirs = (model.begin([talk] * 3, rows_of(direction)) for talk in TALKS[:3])
+
+    def breaks(module, inputs, output):
+        raise MemoryError("none left")
+
+    handle = model._model.register_forward_hook(breaks)
+    errors = step_together(model, [(mine, [5, 6, 7]), (yours, [5, 6, 7])])
+    handle.remove()
+    assert sorted(type(e).__name__ for e in errors) == ["MemoryError", "RuntimeError"]
+    with pytest.raises(RuntimeError, match="failed"):
+        mine.step([5, 6, 7])
+    theirs.step([5, 6, 7])
+    assert texts_of(model, direction, HARMLESS), "and the model goes on"
+
+
+def test_finding_a_direction_lets_a_chat_have_every_other_turn(model: ChatModel, direction: Direction):
+    stop, slices = threading.Event(), []
+
+    def find():
+        for _ in find_direction(model, load_prompts("train"), load_prompts("val"), complete=True, stop=stop):
+            pass
+
+    handle = model._model.register_forward_hook(lambda m, i, output: slices.append(output.past_key_values is None))
+    finding = threading.Thread(target=find)
+    finding.start()
+    while not slices:
+        time.sleep(0.01)
+    between, seen = [], len(slices)
+    for _ in stream_side_by_side(model, [HARMFUL] * 3, rows_of(direction), max_new_tokens=12):
+        between.append(sum(slices[seen:]))
+        seen = len(slices)
+    stop.set()
+    finding.join()
+    handle.remove()
+    assert sum(between) > 3, "it was going on"
+    assert max(between) <= 2, f"slices of the search between two tokens: {between}"
+
+
+def test_turns_come_in_the_order_in_which_they_were_asked_for():
+    turns, order, threads = Turns(), [], []
+
+    def take(number):
+        with turns:
+            order.append(number)
+
+    with turns:
+        for number in range(8):
+            threads.append(threading.Thread(target=take, args=(number,)))
+            threads[-1].start()
+            while len(turns._waiting) <= number:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert order == list(range(8))
+    with turns:
+        pass
