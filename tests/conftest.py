@@ -107,7 +107,7 @@ def step_together(model: ChatModel, steps: Sequence[tuple[Decoding, list[int | N
     with model._lock:
         for thread in threads:
             thread.start()
-        while len(model._desk._waiting) < len(steps):
+        while sum(thread.is_alive() for thread in threads) > len(model._desk._waiting):
             time.sleep(0.001)
     for thread in threads:
         thread.join()
