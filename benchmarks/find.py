@@ -1,17 +1,14 @@
 """Finding the direction, against brute force: the paper's three scores of every candidate, each in batches of its own.
 
-Both read the same prompts and give the same choice; the model is loaded before the clock starts. The two take turns,
-and the medians are compared.
+Both read the same prompts and give the same choice; the model is loaded before the clock starts.
 """
-
-import argparse
-import statistics
-import time
 
 import torch
 
+from benchmarks.subjects import Subject
+from benchmarks.timing import Measured, main, take_turns
 from refusal_core.activations import collect_activations
-from refusal_core.chat_model import ORGANISM, ChatModel
+from refusal_core.chat_model import ChatModel
 from refusal_core.directions import ZERO_NORM, Direction, Source, difference_in_means
 from refusal_core.interventions import Intervention, Kind
 from refusal_core.metrics import kl_divergence, refusal_score
@@ -51,32 +48,19 @@ def brute_force(model: ChatModel, train: PromptSet, val: PromptSet, tokens: tupl
     return choose(scores, model.n_layers)
 
 
-def main() -> None:
-    """Prints both times, their ratio, and whether the choices agree."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.find", description=__doc__)
-    parser.add_argument("--model", default=str(ORGANISM), help="folder or hub id; default: the embedded toy model")
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
-    model = ChatModel.load(options.model)
-    found = lazy(model)
-    times: dict[str, list[float]] = {"find": [], "brute force": []}
-    for _ in range(options.repeats):
-        start = time.perf_counter()
-        found = lazy(model)
-        times["find"].append(time.perf_counter() - start)
-        start = time.perf_counter()
+def measure(subject: Subject, repeats: int) -> Measured:
+    """Both in turn; raises RuntimeError if they do not choose the same candidate."""
+    model, found = subject.model, lazy(subject.model)
+
+    def whole_table() -> None:
         choice = brute_force(model, found.prompts, found.validation, found.refusal_tokens)
-        times["brute force"].append(time.perf_counter() - start)
-        chosen, expected = found.choice.chosen, choice.chosen
-        assert chosen is not None
-        assert expected is not None
-        assert (chosen.pos, chosen.layer) == (expected.pos, expected.layer), "the choices differ"
-    middle = {name: statistics.median(taken) for name, taken in times.items()}
-    print(f"{model.name} on {model.device.type}, {torch.get_num_threads()} threads, median of {options.repeats}")
-    for name, taken in times.items():
-        print(f"{name:12} {middle[name]:6.2f} s  ({min(taken):.2f} to {max(taken):.2f})")
-    print(f"ratio        {middle['find'] / middle['brute force']:6.2f}, the same choice")
+        mine, theirs = found.choice.chosen, choice.chosen
+        if mine is None or theirs is None or (mine.pos, mine.layer) != (theirs.pos, theirs.layer):
+            raise RuntimeError("The choices differ.")
+
+    works = {"brute force": whole_table, "find": lambda: lazy(model)}
+    return Measured("Finding the direction", "brute force", take_turns(works, repeats), {"find": 0.15})
 
 
 if __name__ == "__main__":
-    main()
+    main(measure, __doc__)

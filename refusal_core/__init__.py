@@ -23,3 +23,9 @@ Each module is a room, and may import only rooms above it:
 A `Direction` read from a `ChatModel` becomes an `Intervention`, a row of a batch carries some of them, and the
 empty row is the baseline: everything shown side by side is one batch.
 """
+
+import os
+
+# Threads that spin while they wait for one another take the cores from those they wait for: on a machine with other work
+# to do, one step of a small model then takes a hundred times as long. Read when torch is loaded, so said before.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,5 +1,8 @@
 """The embedded model and its direction, made once for the whole test run."""
 
+import refusal_core  # noqa: F401  (before torch: it says how the threads of torch wait for each other)
+
+# isort: split
 import contextlib
 import threading
 import time
