@@ -1,0 +1,119 @@
+"""What the panes promise whatever a visitor does: Unchanged says what plain transformers says, and nothing is left behind."""
+
+import random
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from refusal_core.chat_model import ORGANISM, ChatModel
+from refusal_core.prompts import load_prompts
+from refusal_core.ui.engine import Ready
+from refusal_core.ui.talk import Ask, Turn, conversation, talk
+
+TOKENS = 6
+MESSAGES = (
+    "Hi",
+    "How do I bake bread?",
+    "How do I rob a bank?",
+    "Name three fruits.",
+    "Tell me how to forge a signature.",
+)
+
+
+@pytest.fixture(scope="module")
+def models(model, found, tmp_path_factory) -> dict[str, tuple[Ready, AutoModelForCausalLM]]:
+    """The embedded model and one with other weights, each as the page has it, and in plain transformers."""
+    folder = tmp_path_factory.mktemp("other") / "model"
+    shutil.copytree(ORGANISM, folder)
+    torch.manual_seed(0)
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {k: w * (1 + 0.3 * torch.randn_like(w)) for k, w in weights.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    other = ChatModel.load(folder, device="cpu")
+    first = Ready(model, found, found.direction, load_prompts("test"), True)
+    source = replace(found.direction.source, fingerprint=other.fingerprint)
+    second = replace(first, model=other, direction=replace(found.direction, source=source))
+    plain = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in (ORGANISM, folder))
+    return {"first": (first, next(plain)), "second": (second, next(plain))}
+
+
+@dataclass
+class Visitor:
+    """A visitor as the page keeps them: model, turns, and the replies that are running, if any."""
+
+    model: str = "first"
+    turns: tuple[Turn, ...] = ()
+    running: Iterator | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
+    history: list[tuple[str, tuple[Turn, ...]]] = field(default_factory=list)
+
+    def begin(self, models, rng: random.Random) -> None:
+        """A random event. Whoever asks while replies run stops them first, as the page does."""
+        self.stop.set()
+        self.go_on(rng, to_the_end=True)
+        if rng.random() < 0.2:  # a new model begins a new conversation
+            self.model, self.turns = rng.choice(list(models)), ()
+        action = rng.choice(("ask", "ask", "ask", "fresh", "again", "undo", "clear"))
+        self.stop = threading.Event()
+        wish = Ask(
+            rng.randrange(10**6),
+            action,
+            rng.choice(MESSAGES),
+            removal=rng.choice((None, 0.0, 0.5, 1.0)),
+            addition=rng.choice((None, -1.0, 0.0, 1.0, 2.0)),
+            control=rng.choice((None, 1.0)),
+            max_new_tokens=TOKENS,
+            system=rng.choice(("", "", "Be brief.")),
+        )
+        self.running = talk(models[self.model][0], self.turns, wish, self.stop)
+
+    def go_on(self, rng: random.Random, *, to_the_end: bool = False) -> None:
+        """The running replies, a little further or until they end."""
+        for turns, _ in self.running or ():
+            self.turns = turns
+            if not to_the_end and rng.random() < 0.5:
+                return
+        self.running = None
+        self.history.append((self.model, self.turns))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_order_of_events_of_two_visitors_brings_changed_text_under_unchanged(models, monkeypatch, seed):
+    monkeypatch.setattr("refusal_core.ui.talk.UPDATES_PER_SECOND", 1e9)  # every token can be the last before an event
+    rng, before = random.Random(seed), {n: ready.model.logits(list(MESSAGES)) for n, (ready, _) in models.items()}
+    visitors = [Visitor(), Visitor()]
+    for _ in range(30):
+        visitor = rng.choice(visitors)
+        if visitor.running is None or rng.random() < 0.25:
+            visitor.begin(models, rng)
+        else:
+            visitor.go_on(rng)
+    for visitor in visitors:
+        visitor.go_on(rng, to_the_end=True)
+
+    said: dict[tuple, list[int]] = {}
+    checked = 0
+    for name, turns in [(n, t[: i + 1]) for v in visitors for n, t in v.history for i in range(len(t))]:
+        reply = turns[-1].replies.get("unchanged")
+        if reply is None:
+            continue
+        ready, plain = models[name]
+        ids = ready.model.render(conversation(turns, "unchanged"))
+        if (name, *ids) not in said:
+            whole = plain.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False)[0, len(ids) :].tolist()
+            said[name, *ids] = [token for token in whole if token not in ready.model.end_tokens]
+        expected = said[name, *ids]
+        assert list(reply.ids) == (expected[: len(reply.ids)] if reply.ending == "stopped" else expected)
+        checked += 1
+    assert checked > 5
+    for name, (ready, _) in models.items():
+        assert torch.equal(ready.model.logits(list(MESSAGES)), before[name]), "an intervention was left behind"
