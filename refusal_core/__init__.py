@@ -6,6 +6,7 @@ Each module is a room, and may import only rooms above it:
     metrics         refusal score, KL divergence, phrase judge, intervals
     directions      difference in means; the Direction value; save and load
     interventions   ablate or add a direction; per-row edits
+    checkpoints     a model's files: found in a folder or on the hub, judged before anything large is fetched
     chat_model      a chat model whose residual stream can be read and written
     activations     the residual stream of many prompts at the template positions
     generation      completions streamed side by side from one batch
