@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jinja2
 import torch
@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from refusal_core import checkpoints
 from refusal_core.checkpoints import Checkpoint, ModelError
 from refusal_core.interventions import Intervention, Row, RowEdits, as_row
+from refusal_core.metrics import CLOSES_THOUGHT, OPENS_THOUGHT
 from refusal_core.prompts import PromptError
 
 ORGANISM = Path(__file__).parent.parent / "assets" / "organism"
@@ -105,6 +106,14 @@ class _Block(OpaqueBlockBridge):
         if self._passed_over():
             return args[0] if args else kwargs["hidden_states"]
         return super().forward(*args, **kwargs)
+
+
+Thinking = Literal["never", "off", "closed"]
+THINKING: dict[Thinking, str] = {"never": "", "off": "thinking switched off", "closed": "thinking block closed"}
+"""Here no model thinks before its reply, so that the reply begins where the stream is read: its template knows no
+thinking, or has a switch, or always begins a thought, which is closed before it has begun."""
+
+CLOSED_THOUGHT = f"{OPENS_THOUGHT}\n\n{CLOSES_THOUGHT}\n\n"
 
 
 class ChatModel:
@@ -220,6 +229,20 @@ class ChatModel:
         return tuple(str(self.tokenizer.decode([t])) for t in last)
 
     @functools.cached_property
+    def thinking(self) -> Thinking:
+        """What is done about thoughts before the reply."""
+        probe = [{"role": "user", "content": PROBES[0]}]
+        off, on = (self._in_template(probe, thinking=thinking) for thinking in (False, True))
+        return "closed" if off.rstrip().endswith(OPENS_THOUGHT) else "off" if off != on else "never"
+
+    @property
+    def description(self) -> str:
+        """The model in one line: name, size, where it runs, and whether thinking is switched off."""
+        size = f"{self.n_parameters:,} parameters, {self.n_layers} layers"
+        where = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
+        return f"{self.name}: " + ", ".join(filter(None, (size, where, THINKING[self.thinking])))
+
+    @functools.cached_property
     def end_tokens(self) -> frozenset[int]:
         """The tokens that end a reply."""
         configured = self._model.generation_config.eos_token_id
@@ -247,12 +270,20 @@ class ChatModel:
     def _render(self, conversation: Conversation) -> list[int]:
         if isinstance(conversation, str):
             conversation = [{"role": "user", "content": conversation}]
-        messages = [dict(message) for message in conversation]
+        text = self._in_template(conversation)
+        if text.rstrip().endswith(OPENS_THOUGHT):
+            text = text.rstrip().removesuffix(OPENS_THOUGHT) + CLOSED_THOUGHT
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _in_template(self, conversation: Sequence[Mapping[str, str]], *, thinking: bool = False) -> str:
+        messages: Any = [dict(message) for message in conversation]
+        # Families call the switch by one of these names; the others' templates do not read it.
+        switch: dict[str, Any] = {"enable_thinking": thinking, "thinking": thinking}
         try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **switch)
         except jinja2.TemplateError as error:
             raise PromptError(f"The chat template of {self.name} does not take this conversation: {error}.") from error
-        return self.tokenizer(cast(str, text), add_special_tokens=False)["input_ids"]
+        return cast(str, text)
 
     def batches(self, conversations: Sequence[Conversation], max_tokens: int = 4096) -> Iterator[Batch]:
         """The conversations in padded batches of at most `max_tokens` tokens, the longest first.

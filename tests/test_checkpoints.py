@@ -141,7 +141,7 @@ REFUSED = {
     "a config of the wrong types": (with_config(hidden_size="wide"), "config.json"),
     "quantised": (with_config(quantization_config={"quant_method": "gptq", "bits": 4}), r"quantised \(gptq\)"),
     "no decoder": (with_config(model_type="t5", architectures=["T5ForConditionalGeneration"]), "no decoder-only"),
-    "no attention": (with_config(model_type="mamba", architectures=["MambaForCausalLM"]), "no attention"),
+    "no attention": (with_config(model_type="mamba", num_attention_heads=None), "no attention"),
     "a write that has no hook": (as_family("Qwen 3.5 (hybrid)"), "cannot hook"),
     "a write that is not in the sum": (as_family("Gemma 4, text"), "cannot be hooked.*another family"),
     "more weights than memory": (with_config(**HUGE), "of memory"),
