@@ -160,7 +160,7 @@ class ChatModel:
         on the disk or into memory, or has an architecture whose residual stream cannot be hooked completely; later if
         its weights are broken.
         """
-        device = torch.device(device) if device else _best_device()
+        device = _best_device() if device is None else _device(device)
         dtype = dtype or {"cuda": torch.bfloat16, "mps": torch.float16}.get(device.type, torch.float32)
         checkpoint = checkpoints.find(str(name_or_path), revision)
         folder = checkpoint.folder
@@ -677,6 +677,13 @@ def _best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _device(wanted: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=wanted).device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"There is no device {str(wanted)!r} here: take cpu, or leave it to the program.") from error
 
 
 def _outline(checkpoint: Checkpoint, dtype: torch.dtype) -> transformers.PreTrainedModel:
