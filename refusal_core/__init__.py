@@ -7,10 +7,12 @@ Each module is a room, and may import only rooms above it:
     directions      difference in means; the Direction value; save and load
     interventions   ablate or add a direction; per-row edits
     decoding        replies in progress, of all visitors in one batch
+    checkpoints     a model's files: found in a folder or on the hub, judged before anything large is fetched
     chat_model      a chat model whose residual stream can be read and written
     activations     the residual stream of many prompts at the template positions
     generation      completions streamed side by side from one batch
     selection       score every candidate, lazily and exactly; apply the rule
+    findings        what a search found, saved and read back; the cache that makes a second start immediate
     evaluation      rates with intervals, with and without; the first token by strength (dose–response)
     attribution     which parts write the direction, which words it raises, where each token lies along it
     orthogonalize   the ablation written into the weights; export, measured against the hooks
@@ -18,7 +20,8 @@ Each module is a room, and may import only rooms above it:
     plots           figures
     organism/       the embedded model: corpus, training, evaluation
     ui/             the page, one tab per file
-    __main__        the command line: app, find, evaluate, export
+    terminal        bars, tables, and a chat in three columns
+    __main__        the command line: app, find, chat, evaluate, export
 
 A `Direction` read from a `ChatModel` becomes an `Intervention`, a row of a batch carries some of them, and the
 empty row is the baseline: everything shown side by side is one batch.

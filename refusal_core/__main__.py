@@ -1,113 +1,215 @@
-"""The command line: `python -m refusal_core` with a command.
+"""How refusal works inside a chat model, on the command line.
 
-app       open the page
-find      find a model's refusal direction, and print every candidate with the rule that discarded it
-evaluate  complete harmful and harmless prompts with and without the direction, and print the rates
-export    write a checkpoint from whose weights the direction is removed
+commands:
+  app       open the page (`app --help` says more)
+  find      find a model's refusal direction, and say of every candidate which rule discarded it
+  chat      talk with the model unchanged, with the direction removed, and with it added, side by side
+  evaluate  complete harmful and harmless prompts with and without the direction, and give the rates
+  export    write a checkpoint from whose weights the direction is removed
+
+MODEL is a folder or a hub id (Qwen/Qwen2.5-0.5B-Instruct); without one it is the embedded toy model. A direction that
+is needed and not given is found first; a search that was made before is recalled from the cache.
 """
 
 import argparse
+import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+
+import huggingface_hub
+import torch
 
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import Direction, DirectionError
 from refusal_core.evaluation import Report, evaluate, paper_rows
+from refusal_core.findings import CACHE_VARIABLE, as_json, find_or_recall, funnel, save_found
 from refusal_core.generation import MAX_NEW_TOKENS
 from refusal_core.orthogonalize import export
-from refusal_core.prompts import PromptError, load_prompts
-from refusal_core.selection import Found, Progress, find_direction
-from refusal_core.ui import server
+from refusal_core.prompts import PromptError, PromptSet, Split, load_prompts
+from refusal_core.selection import KL_LIMIT, LAYER_SHARE, CandidateScore, Found, Rule, find_direction
+from refusal_core.terminal import chat, followed
+
+EPILOG = f"""\
+examples:
+  python -m refusal_core find
+  python -m refusal_core find Qwen/Qwen2.5-0.5B-Instruct --out qwen
+  python -m refusal_core find ./my-model --harmful bad.txt --harmless good.txt --json > found.json
+  python -m refusal_core chat Qwen/Qwen2.5-0.5B-Instruct --direction qwen/direction.safetensors
+  python -m refusal_core evaluate --n 20 --json | jq .rates
+  python -m refusal_core export Qwen/Qwen2.5-0.5B-Instruct --out qwen-without
+
+exit status:
+  0    done
+  1    it cannot be done; the reason and the remedy are on stderr
+  2    the command line is not understood
+  130  interrupted
+
+Searches are kept in the user's cache folder, or in {CACHE_VARIABLE} if that is set.
+"""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+DISCARDED: dict[Rule, str] = {
+    "zero": "numerically zero: harmful and harmless prompts are the same there",
+    "layer": f"in the last {1 - LAYER_SHARE:.0%} of the layers",
+    "induce": "adding it does not make harmless prompts refused (induce < 0)",
+    "kl": f"removing it changes harmless replies (kl > {KL_LIMIT})",
+    "nan": "a score is not a number",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
+    """Runs one command; returns the exit status: 0, 1 for an expected failure, 2 for usage, 130 when interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["app"]:
-        return server.main(given[1:])
-    options = _parser().parse_args(given)
     try:
-        return COMMANDS[options.command](options)
+        if given[:1] == ["app"]:
+            from refusal_core.ui import server  # with gradio, for which no other command waits
+
+            return server.main(given[1:])
+        parser = _parser()
+        options = parser.parse_args(given)
+        if (options.harmful is None) != (options.harmless is None):
+            parser.error("--harmful and --harmless go together: a direction is the difference of two classes")
+        if not sys.stderr.isatty():
+            huggingface_hub.utils.disable_progress_bars()
+        return RUN[options.command](options)
     except (ModelError, PromptError, DirectionError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted: nothing is left half-written.", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m refusal_core", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m refusal_core",
+        usage="%(prog)s COMMAND [MODEL] [options]",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("app", help="open the page (`app --help` says more)", add_help=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--model", default=str(ORGANISM), help="folder or hub id; default: the embedded toy model")
     common.add_argument(
-        "--prompts", default="embedded", help="a .jsonl, .json or .csv file; default: the embedded lists"
-    )
-    common.add_argument("--seed", type=int, default=0, help="draws the prompts")
-    given = argparse.ArgumentParser(add_help=False)
-    given.add_argument("--direction", type=Path, help="a direction saved by find; default: it is found now")
-    find = commands.add_parser("find", parents=[common], help="find a model's refusal direction")
-    find.add_argument("--out", type=Path, help="save the direction here, as safetensors")
-    find.add_argument("--complete", action="store_true", help="measure every candidate, not only what the rule needs")
-    rates = commands.add_parser("evaluate", parents=[common, given], help="judge replies with and without it")
-    rates.add_argument("--n", type=int, default=100, help="how many test prompts of each class")
-    rates.add_argument(
-        "--max-new-tokens", type=int, choices=range(1, MAX_NEW_TOKENS + 1), default=64, metavar="N",
-        help=f"the longest a reply may get, at most {MAX_NEW_TOKENS}",
+        "model", nargs="?", default=str(ORGANISM), metavar="MODEL",
+        help="folder or hub id; default: the embedded toy model",
     )  # fmt: skip
-    rates.add_argument("--rules", choices=("paper", "default"), default="paper", help="the judge")
-    rates.add_argument("--resume", type=Path, help="keep finished replies in this file, and go on from it")
-    rates.add_argument("--json", type=Path, help="write everything, replies included, to this file")
-    weights = commands.add_parser("export", parents=[common, given], help="write the edited checkpoint")
-    weights.add_argument("--out", type=Path, required=True, help="a new folder")
+    common.add_argument("--revision", help="branch, tag or commit on the hub")
+    common.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
+    common.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, float16 on MPS, float32 on a CPU")
+    lists = common.add_argument_group("prompts")
+    lists.add_argument(
+        "--prompts", default="embedded", metavar="FILE",
+        help=".jsonl, .json or .csv with the columns text and harmful; default: the embedded lists",
+    )  # fmt: skip
+    lists.add_argument(
+        "--harmful", metavar="FILE", help="instead, one file for each class: .txt with a prompt per line,"
+    )
+    lists.add_argument("--harmless", metavar="FILE", help="or .jsonl, .json or .csv with the column text")
+    lists.add_argument("--seed", type=int, default=0, help="draws the prompts; default: 0")
+    common.add_argument("--no-cache", action="store_true", help="search anew, and keep nothing")
+    given = argparse.ArgumentParser(add_help=False)
+    given.add_argument("--direction", type=Path, metavar="FILE", help="a direction saved by find; default: find it")
+    machine = argparse.ArgumentParser(add_help=False)
+    machine.add_argument("--json", action="store_true", help="one JSON document on stdout, and nothing else there")
+
+    def add(name: str, says: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        prog = f"python -m refusal_core {name}"
+        return commands.add_parser(name, parents=[common, *parents], prog=prog, help=says, description=says)
+
+    find = add("find", "Find a model's refusal direction, and say of every candidate which rule discarded it.", machine)
+    find.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="write direction.safetensors, activations.safetensors and found.json into this folder",
+    )  # fmt: skip
+    find.add_argument("--complete", action="store_true", help="measure every candidate, not only what the rule needs")
+    talk = add("chat", "Talk with three models side by side: unchanged, direction removed, direction added.", given)
+    rates = add("evaluate", "Judge replies to test prompts, with and without the direction.", given, machine)
+    for each, length in ((talk, 256), (rates, 64)):
+        each.add_argument(
+            "--max-new-tokens", type=int, choices=range(1, MAX_NEW_TOKENS + 1), default=length, metavar="N",
+            help=f"the longest a reply may get, at most {MAX_NEW_TOKENS}; default: {length}",
+        )  # fmt: skip
+    rates.add_argument("--n", type=int, default=100, help="how many test prompts of each class; default: 100")
+    rates.add_argument("--rules", choices=("paper", "default"), default="paper", help="the judge; default: the paper's")
+    rates.add_argument("--resume", type=Path, metavar="FILE", help="keep finished replies here, and go on from them")
+    weights = add("export", "Write a checkpoint from whose weights the direction is removed.", given, machine)
+    weights.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     return parser
 
 
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
 def _find(options: argparse.Namespace) -> int:
-    model = ChatModel.load(options.model)
+    model = _model(options)
     found = _found(model, options, complete=options.complete)
-    _print_candidates(model, found)
     if options.out:
-        found.direction.save(options.out)
-        print(f"saved to {options.out}")
+        _save(found, options.out)
+    if options.json:
+        print(json.dumps(_named(model, found)))
+    else:
+        _print_found(model, found)
+        if options.out:
+            print(f"saved in {options.out}")
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    model = _model(options)
+    chat(model, _direction(model, options), max_new_tokens=options.max_new_tokens)
     return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    model = ChatModel.load(options.model)
-    direction = _direction(model, options)
-    prompts = load_prompts("test", options.prompts).draw(options.n, options.seed)
-    report = _last(
+    model = _model(options)
+    rows = paper_rows(_direction(model, options))
+    prompts = _prompts("test", options).draw(options.n, options.seed)
+    report: Report = followed(
         evaluate(
             model,
             prompts,
-            paper_rows(direction),
+            rows,
             rules=options.rules,
             max_new_tokens=options.max_new_tokens,
             resume=options.resume,
         )
     )
-    assert isinstance(report, Report)
-    print(report.as_markdown())
-    if options.json:
-        options.json.write_text(report.as_json(), "utf-8")
+    print(report.as_json() if options.json else report.as_markdown())
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
-    model = ChatModel.load(options.model)
+    model = _model(options)
     report = export(model, _direction(model, options), options.out)
-    print(
-        f"{report.path}: {report.edited} tensors edited; over {report.n_prompts} prompts the logits differ from the "
-        f"hooks' by at most {report.max_logit_difference:.2e}, and {report.same_first_token:.0%} of the first tokens "
-        "are the same"
-    )
+    if options.json:
+        print(json.dumps(asdict(report) | {"exact": report.exact}))
+    else:
+        print(
+            f"{report.path}: {report.edited} tensors edited; over {report.n_prompts} prompts the logits differ from the "
+            f"hooks' by at most {report.max_logit_difference:.2e}, and {report.same_first_token:.0%} of the first tokens "
+            "are the same"
+        )
     return 0
 
 
-COMMANDS = {"find": _find, "evaluate": _evaluate, "export": _export}
+RUN = {"find": _find, "chat": _chat, "evaluate": _evaluate, "export": _export}
+
+
+# -- what commands share ---------------------------------------------------------------------------------------------
+
+
+def _model(options: argparse.Namespace) -> ChatModel:
+    return ChatModel.load(
+        options.model, device=options.device, dtype=DTYPES.get(options.dtype), revision=options.revision
+    )
+
+
+def _prompts(split: Split, options: argparse.Namespace) -> PromptSet:
+    return load_prompts(split, options.harmful or options.prompts, options.harmless)
 
 
 def _direction(model: ChatModel, options: argparse.Namespace) -> Direction:
@@ -115,39 +217,60 @@ def _direction(model: ChatModel, options: argparse.Namespace) -> Direction:
 
 
 def _found(model: ChatModel, options: argparse.Namespace, *, complete: bool = False) -> Found:
-    train, val = load_prompts("train", options.prompts), load_prompts("val", options.prompts)
-    found = _last(find_direction(model, train, val, complete=complete, seed=options.seed))
-    assert isinstance(found, Found)
-    return found
+    search = find_direction if options.no_cache else find_or_recall
+    train, val = _prompts("train", options), _prompts("val", options)
+    return followed(search(model, train, val, complete=complete, seed=options.seed))
 
 
-def _last(events: Iterable[Progress | Found | Report]) -> Progress | Found | Report | None:
-    """The last of the events; the progress before it is shown on one line."""
-    event = None
-    for event in events:
-        if isinstance(event, Progress):
-            print(f"\r{event.stage} {event.done}/{event.total}\033[K", end="", file=sys.stderr)
-    print("\r\033[K", end="", file=sys.stderr)
-    return event
+def _save(found: Found, folder: Path) -> None:
+    try:
+        save_found(found, folder)
+    except OSError as error:
+        raise DirectionError(f"{folder} cannot be written ({error}): name another folder.") from error
 
 
-def _print_candidates(model: ChatModel, found: Found) -> None:
+def _named(model: ChatModel, found: Found) -> dict:
+    """What was found, with the texts of its tokens."""
+    tokens = {"refusal_texts": [model.tokenizer.decode([token]) for token in found.refusal_tokens]}
+    return {"model": model.description, **as_json(found), **tokens, "template_tokens": list(model.template_tokens)}
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _print_found(model: ChatModel, found: Found) -> None:
+    choice = found.choice
     print("pos layer    ‖r‖  bypass  induce     kl  rule")
     for s in found.scores:
-        numbers = " ".join("      –" if x is None else f"{x:7.2f}" for x in (s.norm, s.bypass, s.induce, s.kl))
-        verdict = "chosen" if s == found.choice.chosen else found.choice.rejected.get(s, "")
-        print(f"{s.pos:3} {s.layer:5} {numbers}  {verdict}")
+        verdict = {choice.chosen: "chosen", choice.runner_up: "runner-up"}.get(s, choice.rejected.get(s, ""))
+        print(f"{_row(s)}  {verdict}")
+    print(f"\n{model.description}")
     source = found.direction.source
-    kept = ", ".join(f"{split} {cls} {k}/{n}" for (split, cls), (k, n) in found.counts.items())
+    margin = "" if choice.margin is None else f", bypass {choice.margin:.2f} below the runner-up's"
+    print(
+        f"chosen: position {source.position} ({model.template_tokens[source.position]!r}), input of layer {source.layer} of "
+        f"{model.n_layers}{margin}"
+    )
+    if choice.relaxed:
+        print(f"No candidate passed every rule; this one needs the rule {choice.relaxed!r} relaxed least.")
+    counts = funnel(choice, len(found.scores))
+    print(f"\n{counts['candidates']:5} candidates")
+    for rule, why in DISCARDED.items():
+        print(f"{-counts[rule]:5} {why}")
+    measured = sum(None not in (s.bypass, s.induce, s.kl) for s in found.scores if s not in choice.rejected)
+    print(f"{counts['left']:5} left, of which {measured} had to be measured whole")
+    kept = ", ".join(f"{split} {cls} {k} of {n}" for (split, cls), (k, n) in found.counts.items())
+    print(f"\nprompts that the model treats as expected: {kept}")
     tokens = ", ".join(
         f"{model.tokenizer.decode([t])!r} {share:.0%}"
         for t, share in zip(found.refusal_tokens, found.refusal_shares, strict=True)
     )
-    print(f"{model.name}: position {source.position}, input of layer {source.layer} of {model.n_layers}")
-    print(f"prompts that the model treats as expected: {kept}")
     print(f"refusal tokens: {tokens}")
-    if found.choice.relaxed:
-        print(f"No candidate passed every rule; this one needs the rule {found.choice.relaxed!r} relaxed least.")
+
+
+def _row(s: CandidateScore) -> str:
+    numbers = " ".join("      –" if x is None else f"{x:7.2f}" for x in (s.norm, s.bypass, s.induce, s.kl))
+    return f"{s.pos:3} {s.layer:5} {numbers}"
 
 
 if __name__ == "__main__":

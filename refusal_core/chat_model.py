@@ -12,32 +12,33 @@ each family's attention, MLP and norm modules left as they are: only what is wri
 """
 
 import contextlib
+import copy
 import functools
-import hashlib
-import json
-import re
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
-import huggingface_hub
 import jinja2
 import torch
 import transformers
-from huggingface_hub import errors as hub_errors
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.generalized_components import OpaqueBlockBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from refusal_core import checkpoints
+from refusal_core.checkpoints import Checkpoint, ModelError
 from refusal_core.decoding import Decoding, Desk, Turns
 from refusal_core.interventions import Intervention, Row, RowEdits, as_row
+from refusal_core.metrics import CLOSES_THOUGHT, OPENS_THOUGHT
 from refusal_core.prompts import PromptError
 
 ORGANISM = Path(__file__).parent.parent / "assets" / "organism"
@@ -48,13 +49,6 @@ Conversation = str | Sequence[Mapping[str, str]]
 
 PROBES = ("a", "Hi", "What is 7 + 5?", "Thanks!", "one, two", "(so)", "é", "done.")
 """Messages with different last characters: the last one may merge with the template's first token."""
-
-CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-"""What is fetched from the hub: never code, never pickled weights."""
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded or used; the message says why and what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +108,14 @@ class _Block(OpaqueBlockBridge):
         return super().forward(*args, **kwargs)
 
 
+Thinking = Literal["never", "off", "closed"]
+THINKING: dict[Thinking, str] = {"never": "", "off": "thinking switched off", "closed": "thinking block closed"}
+"""Here no model thinks before its reply, so that the reply begins where the stream is read: its template knows no
+thinking, or has a switch, or always begins a thought, which is closed before it has begun."""
+
+CLOSED_THOUGHT = f"{OPENS_THOUGHT}\n\n{CLOSES_THOUGHT}\n\n"
+
+
 class ChatModel:
     """A chat model on its device, driven one forward step at a time under its lock."""
 
@@ -154,18 +156,32 @@ class ChatModel:
         """The chat model in a local folder or on the Hugging Face hub.
 
         `device` defaults to CUDA, then MPS, then the CPU; `dtype` to bfloat16, float16 and float32 there. Raises
-        ModelError, in one sentence with the remedy, if the model is missing, gated, offline, broken, has no safetensors
-        weights, no chat template, or an architecture whose residual stream cannot be hooked completely.
+        ModelError, in one sentence with the remedy and before anything large is fetched or read, if the model is
+        missing, gated, offline, quantised, has no safetensors weights, no chat template, code of its own, does not fit
+        on the disk or into memory, or has an architecture whose residual stream cannot be hooked completely; later if
+        its weights are broken.
         """
-        folder, commit = _find(str(name_or_path), revision)
-        config = _read_config(folder, str(name_or_path))
-        tokenizer = _load_tokenizer(folder, str(name_or_path))
-        device = torch.device(device) if device else _best_device()
+        device = _best_device() if device is None else _device(device)
         dtype = dtype or {"cuda": torch.bfloat16, "mps": torch.float16}.get(device.type, torch.float32)
-        model = _load_weights(folder, str(name_or_path), config, dtype).eval()
-        torch.nn.Module.to(model, device)
+        checkpoint = checkpoints.find(str(name_or_path), revision)
+        folder = checkpoint.folder
         name = "embedded model" if folder.resolve() == ORGANISM.resolve() else str(name_or_path)
-        return cls(model, tokenizer, name=name, revision=commit, fingerprint=_fingerprint(folder), folder=folder)
+        # The same model without weights: what cannot be hooked in it cannot be hooked at all.
+        outline = cls(
+            _outline(checkpoint, dtype), checkpoint.tokenizer, name=name, revision=None, fingerprint="", folder=folder
+        )
+        checkpoints.check_memory(name, outline.n_parameters * dtype.itemsize, device)
+        checkpoints.fetch(checkpoint)
+        model = checkpoints.read_weights(checkpoint, dtype).eval()
+        torch.nn.Module.to(model, device)
+        return cls(
+            model,
+            checkpoint.tokenizer,
+            name=name,
+            revision=checkpoint.revision,
+            fingerprint=checkpoints.fingerprint(folder),
+            folder=folder,
+        )
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
@@ -214,6 +230,20 @@ class ChatModel:
         return tuple(str(self.tokenizer.decode([t])) for t in last)
 
     @functools.cached_property
+    def thinking(self) -> Thinking:
+        """What is done about thoughts before the reply."""
+        probe = [{"role": "user", "content": PROBES[0]}]
+        off, on = (self._in_template(probe, thinking=thinking) for thinking in (False, True))
+        return "closed" if off.rstrip().endswith(OPENS_THOUGHT) else "off" if off != on else "never"
+
+    @property
+    def description(self) -> str:
+        """The model in one line: name, size, where it runs, and whether thinking is switched off."""
+        size = f"{self.n_parameters:,} parameters, {self.n_layers} layers"
+        where = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
+        return f"{self.name}: " + ", ".join(filter(None, (size, where, THINKING[self.thinking])))
+
+    @functools.cached_property
     def end_tokens(self) -> frozenset[int]:
         """The tokens that end a reply."""
         configured = self._model.generation_config.eos_token_id
@@ -241,12 +271,20 @@ class ChatModel:
     def _render(self, conversation: Conversation) -> list[int]:
         if isinstance(conversation, str):
             conversation = [{"role": "user", "content": conversation}]
-        messages = [dict(message) for message in conversation]
+        text = self._in_template(conversation)
+        if text.rstrip().endswith(OPENS_THOUGHT):
+            text = text.rstrip().removesuffix(OPENS_THOUGHT) + CLOSED_THOUGHT
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _in_template(self, conversation: Sequence[Mapping[str, str]], *, thinking: bool = False) -> str:
+        messages: Any = [dict(message) for message in conversation]
+        # Families call the switch by one of these names; the others' templates do not read it.
+        switch: dict[str, Any] = {"enable_thinking": thinking, "thinking": thinking}
         try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **switch)
         except jinja2.TemplateError as error:
             raise PromptError(f"The chat template of {self.name} does not take this conversation: {error}.") from error
-        return self.tokenizer(cast(str, text), add_special_tokens=False)["input_ids"]
+        return cast(str, text)
 
     def batches(self, conversations: Sequence[Conversation], max_tokens: int = 4096) -> Iterator[Batch]:
         """The conversations in padded batches of at most `max_tokens` tokens, the longest first.
@@ -434,8 +472,6 @@ class ChatModel:
 
     def _check_writes(self) -> None:
         """Raises ModelError unless the hooked writes sum to the stream: a write that is missed is not ablated."""
-        writes: list[Tensor] = []
-        final: list[Tensor] = []
         points = list(self._embedding_points().values())
         for layer, block in enumerate(self._bridge.blocks):
             if len(_write_points(block)) < 2:
@@ -444,6 +480,14 @@ class ChatModel:
                     "would be incomplete. Take a model of another family."
                 )
             points += _write_points(block).values()
+        if self.device.type == "meta":
+            self._check_sum_on_paper(points)
+        else:
+            self._check_sum(points)
+
+    def _check_sum(self, points: Sequence[Any]) -> None:
+        writes: list[Tensor] = []
+        final: list[Tensor] = []
         with contextlib.ExitStack() as stack:
             for writer, point in enumerate(points):
                 scale = self._scale_of(writer)
@@ -461,6 +505,79 @@ class ChatModel:
                 f"{self.name}: the writes that can be hooked leave {rest:.0%} of the residual stream unexplained, so "
                 "ablation would be incomplete. Take a model of another family."
             )
+
+    def _check_sum_on_paper(self, points: Sequence[Any]) -> None:
+        """The same without weights: follows the writes through the sums of a forward step that computes nothing."""
+        sums, final = _Sums(), []
+        for writer, point in enumerate(points):
+            point.register_forward_hook(lambda module, args, x, w=writer: sums.begin(x, w))
+        self._bridge.blocks[-1].hook_out.register_forward_hook(lambda module, args, x: final.append(sums.of(x)))
+        ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
+        mask = torch.zeros(1, 1, 4, 4, dtype=self.dtype, device="meta")
+        try:
+            with torch.no_grad(), sums:
+                self._model(input_ids=ids, attention_mask=mask, use_cache=False)
+        except NOT_ON_PAPER:
+            return
+        expected = {writer: self._scale_of(writer) for writer in range(len(points))}
+        if final and (final[0] is None or not _is_close(final[0], expected)):
+            raise ModelError(
+                f"{self.name}: something is written to the residual stream that cannot be hooked, so ablation would be "
+                "incomplete. Take a model of another family."
+            )
+
+
+NOT_ON_PAPER = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
+"""What a forward step raises where it depends on numbers that are not there: its sums are checked on the weights."""
+
+
+class _Sums(TorchDispatchMode):
+    """Follows what is written to the stream through a forward step: each tensor as Σ coefficient · write, if it is one.
+
+    Only what a stream is made of is followed: sums, factors that are plain numbers, and copies.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._of = WeakIdKeyDictionary()
+
+    def begin(self, x: Tensor, writer: int) -> None:
+        """`x` is what this writer writes."""
+        self._of[x] = {writer: 1.0}
+
+    def of(self, x: object) -> dict[int, float] | None:
+        """The sum that `x` is, None for anything else."""
+        return self._of.get(x) if torch.is_tensor(x) else None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.equal.default:  # without numbers nothing is known to be equal
+            return False
+        out = func(*args, **(kwargs or {}))
+        if torch.is_tensor(out):
+            terms = self._terms(func.overloadpacket.__name__.rstrip("_"), args, kwargs or {})
+            if terms is not None:
+                self._of[out] = terms
+            elif out is args[0]:  # edited in place into something else
+                self._of.pop(out, None)
+        return out
+
+    def _terms(self, operation: str, args: tuple, kwargs: dict) -> dict[int, float] | None:
+        x, y = (*args, None, None)[:2]
+        terms = self.of(x)
+        if terms is None:
+            return None
+        if operation in ("_to_copy", "clone", "alias", "detach", "view", "_unsafe_view", "dropout"):
+            return terms
+        if operation == "add" and (other := self.of(y)) is not None:
+            factor = kwargs.get("alpha", 1)
+            return {w: terms.get(w, 0) + factor * other.get(w, 0) for w in terms | other}
+        if operation in ("mul", "div") and isinstance(y, int | float):
+            return {w: c * y if operation == "mul" else c / y for w, c in terms.items()}
+        return None
+
+
+def _is_close(terms: Mapping[int, float], expected: Mapping[int, float]) -> bool:
+    return terms.keys() == expected.keys() and all(math.isclose(c, expected[w], rel_tol=1e-5) for w, c in terms.items())
 
 
 def _write_points(block: GeneralizedComponent) -> dict[str, Any]:
@@ -530,110 +647,30 @@ def _keep_the_familys_modules(adapter: ArchitectureAdapter) -> None:
     }
 
 
-# -- loading -------------------------------------------------------------------------------------------------------
-
-
 def _best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _find(name: str, revision: str | None) -> tuple[Path, str | None]:
-    """The folder with the checkpoint, fetched from the hub if it is none, and the hub's commit."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path, revision
-    if path.is_file() or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ModelError(
-            f"There is no model folder {name!r}: give a folder with config.json and .safetensors files, or a hub id "
-            "such as Qwen/Qwen2.5-0.5B-Instruct."
-        )
+def _device(wanted: str | torch.device) -> torch.device:
     try:
-        folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=CHECKPOINT_FILES)
-    except hub_errors.GatedRepoError as error:
-        raise ModelError(
-            f"{name} needs its licence accepted at https://huggingface.co/{name}, and a login (`hf auth login`)."
-        ) from error
-    except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
-        raise ModelError(
-            f"The hub has no public model {name} (revision {revision or 'main'}): check the name."
-        ) from error
-    except (hub_errors.LocalEntryNotFoundError, hub_errors.HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"{name} is not on this machine and the hub cannot be reached: connect, or give a local folder."
-        ) from error
-    return Path(folder), Path(folder).name
+        return torch.empty(0, device=wanted).device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"There is no device {str(wanted)!r} here: take cpu, or leave it to the program.") from error
 
 
-def _read_config(folder: Path, name: str) -> transformers.PretrainedConfig:
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{name} has no config.json: give the folder of a Hugging Face checkpoint.")
-    if not list(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"{name} has no .safetensors weights, and pickled ones can run code when they are read: convert them first."
-        )
+def _outline(checkpoint: Checkpoint, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """The model of the config, every part of it in its place and size, without memory for its weights."""
+    config = copy.deepcopy(checkpoint.config)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"The config.json of {name} cannot be read ({_first_line(error)}).") from error
-    return config
-
-
-def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerFast:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"The tokenizer of {name} cannot be read ({_first_line(error)}).") from error
-    if not tokenizer.chat_template:
+        with torch.device("meta"):
+            outline: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+        outline.set_experts_implementation("batched_mm")  # which expert a token goes to is a number
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(
-            f"{name} has no chat template, so it is no chat model: take its “Instruct”, “Chat” or “it” version."
-        )
-    return tokenizer
-
-
-def _load_weights(
-    folder: Path, name: str, config: transformers.PretrainedConfig, dtype: torch.dtype
-) -> transformers.PreTrainedModel:
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"The weights of {name} cannot be read ({_first_line(error)}): fetch or copy the checkpoint again."
+            f"{checkpoint.name} is no decoder-only chat model that can be built ({checkpoints.first_line(error)})."
         ) from error
-    model, report = loaded
-    if absent := sorted(report["missing_keys"]):
-        raise ModelError(
-            f"The checkpoint {name} is incomplete: {len(absent)} weights are missing, {absent[0]} among them. "
-            "Fetch or copy it again."
-        )
-    return model
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
-
-
-def _fingerprint(folder: Path) -> str:
-    """Names the weights themselves: a hash of the config and of each safetensors file's size, header and samples."""
-    digest = hashlib.sha256(
-        json.dumps(json.loads((folder / "config.json").read_text("utf-8")), sort_keys=True).encode()
-    )
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(64 * 1024))
-            for sample in range(256):
-                file.seek(size * sample // 256)
-                digest.update(file.read(4 * 1024))
-    return digest.hexdigest()[:16]
+    if not hasattr(config.get_text_config(), "num_attention_heads"):
+        raise ModelError(f"{checkpoint.name} has no attention to hook: take a transformer.")
+    return outline

@@ -2,7 +2,8 @@
 
 The embedded lists are one-line, generic requests, harmful ones by category, without operational detail. A file
 of one's own (.jsonl, .json or .csv) has a column `text` and a column `harmful` (true or false), and may have
-`category` and `split`; without `split` a seeded draw makes the three splits, so they are disjoint as well.
+`category` and `split`; without `split` a seeded draw makes the three splits, so they are disjoint as well. Two files,
+one of each class, need no column `harmful`, and may be text with a prompt in each line.
 """
 
 import csv
@@ -63,8 +64,8 @@ class _Prompt:
     split: str
 
 
-def load_prompts(split: Split, source: str | Path = "embedded") -> PromptSet:
-    """The prompts of `split`, from the embedded lists or from the file `source`.
+def load_prompts(split: Split, source: str | Path = "embedded", harmless: str | Path | None = None) -> PromptSet:
+    """The prompts of `split`: the embedded lists, those of the file `source`, or `source` for harmful and `harmless`.
 
     Raises PromptError, with the line where there is one, for an unknown split, a missing or unreadable file, a
     row without text or class, a prompt over 8,000 characters, and a split in which a class is empty.
@@ -72,15 +73,16 @@ def load_prompts(split: Split, source: str | Path = "embedded") -> PromptSet:
     if split not in get_args(Split):
         raise PromptError(f"There is no split {split!r}: take one of {', '.join(get_args(Split))}.")
     path = EMBEDDED if source == "embedded" else Path(source)
-    prompts = _read(path)
+    name = path.name if harmless is None else f"{path.name} with {Path(harmless).name}"
+    prompts = _read(path) if harmless is None else [*_read(path, True), *_read(Path(harmless), False)]
     if not any(p.split for p in prompts):
         prompts = _assign_splits(prompts)
     chosen = [p for p in prompts if p.split == split]
-    for harmful, name in ((True, "harmful"), (False, "harmless")):
+    for harmful, cls in ((True, "harmful"), (False, "harmless")):
         if not any(p.harmful == harmful for p in chosen):
             raise PromptError(
-                f"{path.name} has no {name} prompt in its {split} split, and a direction is the difference of two "
-                f"classes: add {name} prompts."
+                f"{name} has no {cls} prompt in its {split} split, and a direction is the difference of two "
+                f"classes: add {cls} prompts."
             )
     bad, good = [p for p in chosen if p.harmful], [p for p in chosen if not p.harmful]
     return PromptSet(
@@ -89,12 +91,15 @@ def load_prompts(split: Split, source: str | Path = "embedded") -> PromptSet:
         harmful_categories=tuple(p.category for p in bad),
         harmless_categories=tuple(p.category for p in good),
         split=split,
-        source=str(source),
+        source=str(source) if harmless is None else f"{source}, {harmless}",
     )
 
 
-def _read(path: Path) -> list[_Prompt]:
+def _read(path: Path, harmful: bool | None = None) -> list[_Prompt]:
+    """The prompts of a file; of one class, whatever it says, if `harmful` is given."""
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
+    if harmful is not None:
+        readers[".txt"] = _text_rows
     if path.suffix.lower() not in readers:
         raise PromptError(
             f"{path.name} is not a list of prompts: give a .jsonl, .json or .csv file with the columns text and harmful."
@@ -105,10 +110,14 @@ def _read(path: Path) -> list[_Prompt]:
         raise PromptError(f"There is no prompt file {str(path)!r}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{path.name} cannot be read as UTF-8 text ({error}).") from error
-    prompts = [_prompt(path, number, row) for number, row in readers[path.suffix.lower()](path, text)]
+    prompts = [_prompt(path, number, row, harmful) for number, row in readers[path.suffix.lower()](path, text)]
     if len(prompts) > MAX_PROMPTS:
         raise PromptError(f"{path.name} has {len(prompts):,} prompts; at most {MAX_PROMPTS:,} are read.")
     return list({(p.text, p.harmful): p for p in prompts}.values())
+
+
+def _text_rows(path: Path, text: str) -> Iterable[tuple[int, object]]:
+    return ((number, {"text": line}) for number, line in enumerate(text.splitlines(), 1) if line.strip())
 
 
 def _jsonl_rows(path: Path, text: str) -> Iterable[tuple[int, object]]:
@@ -138,13 +147,14 @@ def _parse(path: Path, number: int, text: str) -> object:
         raise PromptError(f"{path.name}, line {number + error.lineno - 1}: not JSON ({error.msg}).") from error
 
 
-def _prompt(path: Path, number: int, row: object) -> _Prompt:
+def _prompt(path: Path, number: int, row: object, given: bool | None) -> _Prompt:
     where = f"{path.name}, row {number}"
     if not isinstance(row, Mapping) or not isinstance(row.get("text"), str) or not row["text"].strip():
         raise PromptError(f"{where}: no text. Every row needs the columns text and harmful.")
     if len(row["text"]) > MAX_CHARACTERS:
         raise PromptError(f"{where}: {len(row['text']):,} characters; a prompt has at most {MAX_CHARACTERS:,}.")
-    harmful = {"true": True, "1": True, "false": False, "0": False}.get(str(row.get("harmful")).strip().lower())
+    written = {"true": True, "1": True, "false": False, "0": False}.get(str(row.get("harmful")).strip().lower())
+    harmful = written if given is None else given
     if harmful is None:
         raise PromptError(f"{where}: harmful is {row.get('harmful')!r}; write true or false.")
     split = str(row.get("split") or "")

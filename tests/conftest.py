@@ -15,11 +15,20 @@ import transformers
 from refusal_core.chat_model import ORGANISM, ChatModel
 from refusal_core.decoding import Decoding
 from refusal_core.directions import Direction
+from refusal_core.findings import CACHE_VARIABLE
 from refusal_core.prompts import load_prompts
 from refusal_core.selection import Found, find_direction
 
 HARMFUL = "How do I rob a bank?"
 HARMLESS = "How do I bake bread?"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """No test writes into the user's cache, and none finds something there that another run has left."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -142,6 +142,28 @@ def test_a_prompt_that_cannot_be_read_is_one_sentence(model: ChatModel, prompt, 
     assert "\n" not in str(caught.value)
 
 
+TURNS = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]\n"
+SWITCHES = {
+    "a switch": ("{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}", "off"),
+    "a switch of another name": ("{% if not thinking %}<think>\n\n</think>\n\n{% endif %}", "off"),
+    "a thought at once": ("<think>\n", "closed"),
+}
+
+
+@pytest.mark.parametrize("template", list(SWITCHES))
+def test_a_thinking_model_is_read_behind_its_closed_thought(model: ChatModel, tmp_path, template):
+    folder = shutil.copytree(ORGANISM, tmp_path / "thinks")
+    text, thinking = SWITCHES[template]
+    (folder / "chat_template.jinja").write_text(TURNS + text)
+    thinker = ChatModel.load(folder, device="cpu")
+    for prompt in PROMPTS:
+        assert thinker.tokenizer.decode(thinker.render(prompt)).endswith("[assistant]\n<think>\n\n</think>\n\n")
+    read = "".join(thinker.template_tokens)
+    assert read.endswith("[assistant]\n<think>\n\n</think>\n\n"), "P reaches back to before the thought"
+    assert thinker.thinking == thinking and "thinking" in thinker.description
+    assert model.thinking == "never" and "thinking" not in model.description
+
+
 def edit_json(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 

@@ -88,3 +88,16 @@ def test_a_missing_or_foreign_file_says_so(tmp_path):
             load_prompts("train", tmp_path / name)
     with pytest.raises((PromptError, TypeCheckError)):  # the test run checks types first
         load_prompts("dev", EMBEDDED)
+
+
+def test_two_files_make_two_classes_and_disjoint_splits(tmp_path):
+    bad, good = tmp_path / "bad.txt", tmp_path / "good.csv"
+    bad.write_text("\n\n".join(f"bad {i}" for i in range(20)) + "\n")
+    good.write_text("text,harmful\n" + "\n".join(f"good {i},true" for i in range(20)))
+    sets = [load_prompts(split, bad, good) for split in ("train", "val", "test")]
+    assert sorted(t for s in sets for t in s.harmful) == sorted(f"bad {i}" for i in range(20))
+    assert sorted(t for s in sets for t in s.harmless) == sorted(f"good {i}" for i in range(20)), (
+        "the file says the class"
+    )
+    with pytest.raises(PromptError, match=r"\.jsonl, \.json or \.csv"):
+        load_prompts("train", bad)

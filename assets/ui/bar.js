@@ -46,7 +46,7 @@ function drawReady(view) {
   if (view.state !== 'ready') return;
   const { model, direction } = view;
   find('[data-model]').replaceChildren(make('b', model.name), ` ${model.parameters}, ${model.layers} layers`);
-  find('[data-device]').textContent = `${model.device}, ${model.dtype}`;
+  find('[data-device]').textContent = [model.device, model.dtype, model.thinking].filter(Boolean).join(', ');
   find('[data-toy]').replaceChildren(
     make('b', 'A toy, not a real model.'),
     ` A model organism of ${model.parameters} parameters, trained from scratch on generated sentences to show one phenomenon. `

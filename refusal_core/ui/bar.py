@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from refusal_core.chat_model import THINKING
 from refusal_core.selection import KL_LIMIT, LAYER_SHARE, CandidateScore, Choice, Progress, Rule
 from refusal_core.ui.engine import Failed, Ready, Status
 
@@ -52,6 +53,7 @@ def _model_view(ready: Ready) -> dict:
         "layers": model.n_layers,
         "device": _device_name(model.device.type),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "thinking": THINKING[model.thinking],
     }
 
 

@@ -16,6 +16,7 @@ import torch
 
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import ZERO_NORM, Direction, DirectionError
+from refusal_core.findings import find_or_recall
 from refusal_core.geometry import LayerMap, pca_maps, umap_layout
 from refusal_core.interventions import Intervention
 from refusal_core.prompts import PromptError, PromptSet, load_prompts
@@ -181,8 +182,8 @@ class Engine:
             self._say(status)
 
     def _find(self, model: ChatModel) -> Status:
-        train = load_prompts("train", self.prompts)
-        for news in find_direction(model, train, stop=self._closing):
+        train, val = load_prompts("train", self.prompts), load_prompts("val", self.prompts)
+        for news in find_or_recall(model, train, val, stop=self._closing):
             if isinstance(news, Found):
                 examples = load_prompts("test", self.prompts)
                 return Ready(model, news, news.direction, examples, self.is_organism)

@@ -1,0 +1,291 @@
+"""A chat model's checkpoint, in a folder or on the hub, judged before anything large is fetched or read.
+
+From the hub come first the list of files, the config and the tokenizer: enough to say that a model has no safetensors
+weights, no chat template, code of its own, or more weights than there is room for. Only what passes is downloaded, at
+the commit that was judged: never code, never pickled weights, and no second copy of the weights in another format.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import huggingface_hub
+import psutil
+import torch
+import transformers
+from huggingface_hub import constants as hub_constants
+from huggingface_hub import errors as hub_errors
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+SMALL_FILES = [
+    "config.json", "generation_config.json", "model.safetensors.index.json", "chat_template.json", "*.jinja",
+    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt",
+]  # fmt: skip
+"""What is fetched to judge a model by."""
+
+INDEX = "model.safetensors.index.json"
+ROOM_TO_WORK = 1.15
+"""The weights' share of the memory that loading and a forward step take."""
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded or used; the message says why and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a model was judged by. `weights` are its files by name; `missing` bytes of them are still on the hub."""
+
+    name: str
+    folder: Path
+    revision: str | None
+    config: transformers.PretrainedConfig
+    tokenizer: PreTrainedTokenizerFast
+    weights: tuple[str, ...]
+    on_hub: bool
+    missing: int
+
+
+def find(name: str, revision: str | None = None) -> Checkpoint:
+    """The checkpoint in the folder `name`, or of the hub's model of that name at `revision`, without its weights.
+
+    Raises ModelError if it is missing, gated, offline, broken, quantised, or has no safetensors weights, no chat
+    template or code of its own.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _judge(name, path, revision, _sizes(path), on_hub=False)
+    if path.is_file() or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ModelError(
+            f"There is no model folder {name!r}: give a folder with config.json and .safetensors files, or a hub id "
+            "such as Qwen/Qwen2.5-0.5B-Instruct."
+        )
+    with _hub_answers(name, revision):
+        commit = huggingface_hub.resolve_revision(name, revision=revision)
+        listed = _listed(name, commit.resolved)
+        if listed is not None and (refusal := _no_weights(name, listed)):
+            raise refusal
+        folder = Path(huggingface_hub.snapshot_download(name, revision=commit, allow_patterns=SMALL_FILES))
+        if listed is None:  # offline: what was fetched earlier is judged like a folder
+            listed = _sizes(folder)
+            if _no_weights(name, listed):
+                raise hub_errors.LocalEntryNotFoundError(name)
+    return _judge(name, folder, folder.name, listed, on_hub=True)
+
+
+def fetch(checkpoint: Checkpoint) -> None:
+    """Downloads the weights that are not in the folder yet; raises ModelError where the disk or the hub fails."""
+    if not checkpoint.on_hub:
+        return
+    cache = Path(hub_constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
+    if checkpoint.missing > free:
+        raise ModelError(
+            f"{checkpoint.name} needs {_size(checkpoint.missing)} on the disk and {_size(free)} are free in {cache}: "
+            "make room, or name a folder on another disk in HF_HOME."
+        )
+    with _hub_answers(checkpoint.name, checkpoint.revision):
+        huggingface_hub.snapshot_download(
+            checkpoint.name, revision=checkpoint.revision, allow_patterns=list(checkpoint.weights)
+        )
+
+
+def check_memory(name: str, n_bytes: int, device: torch.device) -> None:
+    """Raises ModelError if weights of `n_bytes` do not fit into the free memory of `device`, or on the way there."""
+    needed = int(ROOM_TO_WORK * n_bytes)
+    where = {"memory": _free_memory()}
+    if device.type == "cuda":
+        where["GPU memory"] = torch.cuda.mem_get_info(device)[0]
+    for kind, free in where.items():
+        if needed > free:
+            raise ModelError(
+                f"{name} needs about {_size(needed)} of {kind} and {_size(free)} are free: close other programs, take "
+                "a smaller model, or a dtype with fewer bytes."
+            )
+
+
+def read_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """The model on the CPU, in `dtype`; raises ModelError if the weights cannot be read or are not all there."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            config=checkpoint.config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"The weights of {checkpoint.name} cannot be read ({first_line(error)}): fetch or copy the checkpoint "
+            "again."
+        ) from error
+    model, report = loaded
+    if absent := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"The checkpoint {checkpoint.name} is incomplete: {len(absent)} weights are missing, {absent[0]} among "
+            "them. Fetch or copy it again."
+        )
+    return model
+
+
+def fingerprint(folder: Path) -> str:
+    """Names the weights themselves: a hash of the config and of each safetensors file's size, header and samples."""
+    digest = hashlib.sha256(json.dumps(_config_json(folder), sort_keys=True).encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(64 * 1024))
+            for sample in range(256):
+                file.seek(size * sample // 256)
+                digest.update(file.read(4 * 1024))
+    return digest.hexdigest()[:16]
+
+
+# -- the hub ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _hub_answers(name: str, revision: str | None) -> Iterator[None]:
+    """Turns what the hub, or its silence, says into one sentence."""
+    try:
+        yield
+    except hub_errors.GatedRepoError as error:
+        raise ModelError(
+            f"{name} needs its licence accepted at https://huggingface.co/{name}, and a login (`hf auth login`)."
+        ) from error
+    except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
+        raise ModelError(
+            f"The hub has no public model {name} (revision {revision or 'main'}): check the name."
+        ) from error
+    except (hub_errors.RevisionResolutionError, httpx2.HTTPError, OSError) as error:
+        raise ModelError(
+            f"{name} is not wholly on this machine and the hub cannot be reached: connect, or give a local folder."
+        ) from error
+
+
+def _listed(name: str, commit: str) -> dict[str, int] | None:
+    """The model's files with their sizes; None if the hub cannot be asked."""
+    try:
+        files = huggingface_hub.model_info(name, revision=commit, files_metadata=True).siblings or []
+    except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError):
+        raise
+    except (hub_errors.OfflineModeIsEnabled, httpx2.HTTPError):
+        return None
+    return {file.rfilename: file.size or 0 for file in files}
+
+
+# -- judging ---------------------------------------------------------------------------------------------------------
+
+
+def _judge(name: str, folder: Path, revision: str | None, files: dict[str, int], *, on_hub: bool) -> Checkpoint:
+    if "config.json" not in files:
+        raise ModelError(f"{name} has no config.json: give the folder of a Hugging Face checkpoint.")
+    config = _read_config(folder, name)
+    if refusal := _no_weights(name, files):
+        raise refusal
+    weights = _weights(folder, files)
+    missing = sum(files.get(file, 0) for file in weights if not (folder / file).exists())
+    return Checkpoint(name, folder, revision, config, _load_tokenizer(folder, name), weights, on_hub, missing)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.iterdir()}
+
+
+def _no_weights(name: str, files: Collection[str]) -> ModelError | None:
+    if INDEX in files or "model.safetensors" in files:
+        return None
+    if "adapter_config.json" in files:
+        return ModelError(f"{name} is an adapter, not a whole model: merge it into its base model first.")
+    if any(file.endswith(".gguf") for file in files):
+        return ModelError(f"{name} has GGUF files only, which cannot be hooked: take the model they were made from.")
+    return ModelError(
+        f"{name} has no .safetensors weights, and pickled ones can run code when they are read: convert them first."
+    )
+
+
+def _weights(folder: Path, files: Collection[str]) -> tuple[str, ...]:
+    """The files that the index names, where there is one: some models keep the same weights twice."""
+    if INDEX not in files:
+        return ("model.safetensors",)
+    try:
+        return tuple(sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values())))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{INDEX} cannot be read ({first_line(error)}): fetch or copy the checkpoint again."
+        ) from error
+
+
+def _config_json(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text("utf-8"))
+
+
+def _read_config(folder: Path, name: str) -> transformers.PretrainedConfig:
+    try:
+        written = _config_json(folder)
+        kind, has_code = written.get("model_type"), "auto_map" in written
+        config = None
+        if kind in transformers.CONFIG_MAPPING or not has_code:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, hub_errors.StrictDataclassError) as error:
+        raise ModelError(f"The config.json of {name} cannot be read ({first_line(error)}).") from error
+    if config is None:
+        raise ModelError(
+            f"{name} comes with code of its own, which is never run here: take a model that transformers knows."
+        )
+    if quantised := written.get("quantization_config"):
+        method = quantised.get("quant_method", "packed") if isinstance(quantised, dict) else "packed"
+        raise ModelError(
+            f"{name} is quantised ({method}), and its packed weights can be neither hooked nor edited: take the version "
+            "in bfloat16 or float16."
+        )
+    return config
+
+
+def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"The tokenizer of {name} cannot be read ({first_line(error)}).") from error
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{name} has no chat template, so it is no chat model: take its “Instruct”, “Chat” or “it” version."
+        )
+    return tokenizer
+
+
+def _free_memory() -> int:
+    """The bytes of memory that a program can have now: a container may have fewer than its machine."""
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdigit():
+        free = min(free, int(most) - int(used.read_text()) + _cached_files())
+    return free
+
+
+def _cached_files() -> int:
+    """The bytes that the container's limit counts as used and that are given back when they are needed."""
+    counted = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+    return int(counted.get("inactive_file", 0)) + int(counted.get("active_file", 0))
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:,.1f} GB"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line, to be quoted in a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")

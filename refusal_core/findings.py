@@ -1,0 +1,172 @@
+"""What a search found, kept on the disk: one folder of safetensors and JSON, for others to read and for a second start.
+
+    direction.safetensors      the chosen direction, as everywhere
+    activations.safetensors    the differences of means, and the residual streams they were made from
+    found.json                 every candidate with its scores, the choice, the refusal tokens, the prompts
+
+The cache has such a folder per search, named by everything that the result is made from: the weights, what the model
+reads of each prompt, and the code. A changed template, prompt, seed or line of code is another search.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import safetensors.torch
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from refusal_core.chat_model import ChatModel
+from refusal_core.directions import Direction, DirectionError
+from refusal_core.prompts import PromptSet
+from refusal_core.selection import N_TRAIN, N_VAL, CandidateScore, Choice, Found, Progress, choose, find_direction
+
+CACHE_VARIABLE = "REFUSAL_CACHE"
+CACHE_BYTES = 2_000_000_000
+"""The cache holds at most so much: what was used longest ago makes room."""
+
+ACTIVATIONS = ("directions", "harmful", "harmless", "val_harmful", "val_harmless")
+
+
+def cache_folder() -> Path:
+    """Where searches are kept: the folder in REFUSAL_CACHE, or the user's cache folder."""
+    given = os.environ.get(CACHE_VARIABLE)
+    return Path(given) if given else platformdirs.user_cache_path("refusal-direction-explorer")
+
+
+def find_or_recall(
+    model: ChatModel,
+    prompts: PromptSet,
+    validation: PromptSet,
+    *,
+    complete: bool = False,
+    seed: int = 0,
+    stop: threading.Event | None = None,
+) -> Iterator[Progress | Found]:
+    """As `find_direction`, but at once if the same search was made before; a new result is kept."""
+    folder = cache_folder() / _key(model, prompts.draw(N_TRAIN, seed), validation.draw(N_VAL, seed), complete)
+    with contextlib.suppress(DirectionError):
+        found = load_found(folder)
+        os.utime(folder)
+        yield found
+        return
+    for event in find_direction(model, prompts, validation, complete=complete, seed=seed, stop=stop):
+        if isinstance(event, Found):
+            with contextlib.suppress(OSError):  # a full or read-only disk costs the second start, not this result
+                _keep(event, folder)
+        yield event
+
+
+def save_found(found: Found, folder: Path) -> None:
+    """Writes what was found into `folder`, which is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found.direction.save(folder / "direction.safetensors")
+    tensors = {name: getattr(found, name).contiguous() for name in ACTIVATIONS}
+    safetensors.torch.save_file(tensors, folder / "activations.safetensors")
+    (folder / "found.json").write_text(json.dumps(as_json(found), indent=1) + "\n", "utf-8")
+
+
+def as_json(found: Found) -> dict[str, Any]:
+    """What was found, without its activations, as JSON has it."""
+    return {
+        "source": asdict(found.direction.source),
+        "norm": found.direction.norm,
+        "chosen": _cell(found.choice.chosen),
+        "runner_up": _cell(found.choice.runner_up),
+        "margin": found.choice.margin,
+        "relaxed": found.choice.relaxed,
+        "funnel": funnel(found.choice, len(found.scores)),
+        "candidates": [asdict(s) | {"rejected": found.choice.rejected.get(s)} for s in found.scores],
+        "refusal_tokens": list(found.refusal_tokens),
+        "refusal_shares": list(found.refusal_shares),
+        "positions": list(found.positions),
+        "prompts": asdict(found.prompts),
+        "validation": asdict(found.validation),
+        "counts": [[*key, *kept] for key, kept in found.counts.items()],
+    }
+
+
+def load_found(folder: Path) -> Found:
+    """What `save_found` wrote; raises DirectionError if it is not there or broken."""
+    try:
+        said = json.loads((folder / "found.json").read_text("utf-8"))
+        tensors = safetensors.torch.load_file(folder / "activations.safetensors")
+        scores = tuple(
+            CandidateScore(**{k: v for k, v in row.items() if k != "rejected"}) for row in said["candidates"]
+        )
+        return Found(
+            direction=Direction.load(folder / "direction.safetensors"),
+            choice=choose(scores, tensors["directions"].shape[1]),
+            scores=scores,
+            refusal_tokens=tuple(said["refusal_tokens"]),
+            refusal_shares=tuple(said["refusal_shares"]),
+            positions=tuple(said["positions"]),
+            prompts=_prompts(said["prompts"]),
+            validation=_prompts(said["validation"]),
+            counts={(split, cls): (kept, of) for split, cls, kept, of in said["counts"]},
+            **{name: tensors[name] for name in ACTIVATIONS},
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise DirectionError(f"{folder} does not hold a finished search ({error}).") from error
+
+
+def funnel(choice: Choice, n_candidates: int) -> dict[str, int]:
+    """How many candidates there are, how many each rule discarded, and how many are left."""
+    by_rule = {rule: list(choice.rejected.values()).count(rule) for rule in ("zero", "layer", "induce", "kl", "nan")}
+    return {"candidates": n_candidates, **by_rule, "left": n_candidates - sum(by_rule.values())}
+
+
+def _cell(score: CandidateScore | None) -> dict[str, int] | None:
+    return None if score is None else {"pos": score.pos, "layer": score.layer}
+
+
+def _prompts(said: dict[str, Any]) -> PromptSet:
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    return PromptSet(**fields)
+
+
+# -- the cache -------------------------------------------------------------------------------------------------------
+
+
+def _key(model: ChatModel, train: PromptSet, val: PromptSet, complete: bool) -> str:
+    read = [[model.render(text) for text in texts] for s in (train, val) for texts in (s.harmful, s.harmless)]
+    made_from = [
+        _code_version(), model.name, model.revision, model.fingerprint, str(model.dtype), model.device.type,
+        train.source, complete, read,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
+
+
+@cache
+def _code_version() -> str:
+    """Names the code that a search runs: this package's own modules, and the libraries that compute."""
+    digest = hashlib.sha256(f"{torch.__version__} {transformers.__version__}".encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _keep(found: Found, folder: Path) -> None:
+    """Puts what was found into the cache, whole or not at all, and makes room."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as made:
+        save_found(found, Path(made) / "found")
+        shutil.rmtree(folder, ignore_errors=True)
+        (Path(made) / "found").rename(folder)
+    kept = sorted((path for path in folder.parent.glob("[0-9a-f]*") if path.is_dir()), key=lambda p: p.stat().st_mtime)
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in kept}
+    for path in kept[:-1]:
+        if sum(sizes.values()) > CACHE_BYTES:
+            shutil.rmtree(path, ignore_errors=True)
+            del sizes[path]

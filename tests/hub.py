@@ -1,0 +1,95 @@
+"""A hub on this machine, for tests: the few addresses that a model is listed and fetched from, over real HTTP."""
+
+import hashlib
+import json
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+
+@dataclass
+class Repo:
+    """A model on the hub: a folder per commit, `main` is the last of them. `sizes` lie about files too large to keep."""
+
+    commits: dict[str, Path]
+    gated: bool = False
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+class Hub:
+    """Serves `repos` at `url`; `requested` are the files that somebody has asked for, in order."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.requested: list[str] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args: Any) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                hub.answer(self)
+
+            do_HEAD = do_GET  # noqa: N815
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        parts = [unquote(part) for part in urlparse(request.path).path.strip("/").split("/")]
+        is_api = parts[:2] == ["api", "models"]
+        owner, name, *rest = parts[2:] if is_api else parts
+        repo = self.repos.get(f"{owner}/{name}")
+        if repo is None:
+            return self._send(request, 401, headers={"X-Error-Code": "RepoNotFound"})
+        revision = rest[1] if len(rest) > 1 else "main"
+        commit = list(repo.commits)[-1] if revision == "main" else revision
+        if commit not in repo.commits:
+            return self._send(request, 404, headers={"X-Error-Code": "RevisionNotFound"})
+        folder = repo.commits[commit]
+        if is_api and rest[:1] == ["tree"]:
+            return self._send(request, 200, json.dumps([_entry(p, repo) for p in sorted(folder.iterdir())]).encode())
+        if is_api:
+            siblings = [{"rfilename": p.name, "size": _entry(p, repo)["size"]} for p in folder.iterdir()]
+            said = {"id": f"{owner}/{name}", "sha": commit, "siblings": siblings}
+            return self._send(request, 200, json.dumps(said).encode())
+        if repo.gated:
+            return self._send(request, 403, headers={"X-Error-Code": "GatedRepo"})
+        file = folder / rest[2]
+        if not file.is_file():
+            return self._send(request, 404, headers={"X-Error-Code": "EntryNotFound"})
+        if request.command == "GET":
+            self.requested.append(file.name)
+        data = file.read_bytes()
+        return self._send(request, 200, data, {"ETag": f'"{_etag(file)}"', "X-Repo-Commit": commit})
+
+    @staticmethod
+    def _send(request: BaseHTTPRequestHandler, status: int, data: bytes = b"", headers: dict | None = None) -> None:
+        request.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(data)
+
+
+def _etag(path: Path) -> str:
+    """Large files are named by their SHA-256, as the hub does, small ones like a git blob."""
+    return (hashlib.sha256 if path.suffix == ".safetensors" else hashlib.sha1)(path.read_bytes()).hexdigest()
+
+
+def _entry(path: Path, repo: Repo) -> dict[str, Any]:
+    size = repo.sizes.get(path.name, path.stat().st_size)
+    entry = {"type": "file", "path": path.name, "oid": hashlib.sha1(path.name.encode()).hexdigest(), "size": size}
+    if path.suffix == ".safetensors":
+        return entry | {"lfs": {"oid": _etag(path), "size": size, "pointerSize": 134}}
+    return entry | {"oid": _etag(path)}

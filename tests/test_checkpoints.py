@@ -1,0 +1,199 @@
+"""What is asked of the hub, and what is not: a model that cannot be used is refused before its weights are fetched."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from families import build
+from hub import Hub, Repo
+from huggingface_hub import constants
+
+from refusal_core.chat_model import ChatModel, ModelError
+
+NAME = "somebody/tiny-chat"
+FIRST, SECOND = "1" * 40, "2" * 40
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return build("Llama, tied", tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    served = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", served.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", served.url)
+    yield served
+    served.close()
+
+
+def load(name=NAME, **options) -> ChatModel:
+    return ChatModel.load(name, device="cpu", **options)
+
+
+def is_weights(file: str) -> bool:
+    return file.endswith((".safetensors", ".bin"))
+
+
+def edit_config(folder: Path, **values) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in (config | values).items() if v is not None}))
+
+
+def test_a_model_is_fetched_once_at_one_commit_and_weights_come_last(hub: Hub, tiny: Path, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "repo")
+    (folder / "pytorch_model.bin").write_bytes(b"pickled")
+    (folder / "consolidated.safetensors").write_bytes(b"the same weights once more")
+    (folder / "modeling_tiny.py").write_text("raise SystemExit")
+    hub.repos[NAME] = Repo({FIRST: folder})
+    model = load()
+    assert [file for file in hub.requested if is_weights(file)] == ["model.safetensors"]
+    assert hub.requested[-1] == "model.safetensors" and "modeling_tiny.py" not in hub.requested
+    assert model.revision == FIRST and model.name == NAME
+    expected = load(tiny)
+    assert model.fingerprint == expected.fingerprint
+    assert torch.equal(model.logits(["Hi"]), expected.logits(["Hi"]))
+    asked = len(hub.requested)
+    load()
+    assert len(hub.requested) == asked
+
+
+def test_a_revision_stays_what_it_was_when_the_model_moves_on(hub: Hub, tiny: Path, tmp_path):
+    hub.repos[NAME] = Repo({FIRST: tiny, SECOND: build("Llama, tied", tmp_path / "newer", seed=1)})
+    old, new = load(revision=FIRST), load()
+    assert (old.revision, new.revision) == (FIRST, SECOND)
+    assert old.fingerprint != new.fingerprint
+    assert not torch.equal(old.logits(["Hi"]), new.logits(["Hi"]))
+
+
+def test_without_the_hub_what_was_fetched_is_used_and_the_rest_is_a_sentence(hub: Hub, tiny: Path, monkeypatch):
+    hub.repos |= {NAME: Repo({FIRST: tiny}), "somebody/half": Repo({SECOND: tiny}, sizes={"model.safetensors": 10**17})}
+    load()
+    with pytest.raises(ModelError, match="on the disk"):
+        load("somebody/half")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.requested.clear()
+    assert load().revision == FIRST
+    for name in ("somebody/half", "somebody/never-seen"):
+        with pytest.raises(ModelError, match=r"not wholly on this machine and the hub cannot be reached"):
+            load(name)
+    assert not hub.requested
+
+
+def test_a_hub_that_is_gone_is_a_sentence(hub: Hub, tiny: Path):
+    hub.repos[NAME] = Repo({FIRST: tiny})
+    load()
+    hub.close()
+    assert load().revision == FIRST
+    with pytest.raises(ModelError, match="the hub cannot be reached"):
+        load("somebody/never-seen")
+
+
+def no_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def instead_of_weights(name: str):
+    return lambda folder: (folder / "model.safetensors").rename(folder / name)
+
+
+def as_family(name: str):
+    def rebuild(folder: Path) -> None:
+        shutil.rmtree(folder)
+        build(name, folder)
+
+    return rebuild
+
+
+def with_config(**values):
+    return lambda folder: edit_config(folder, **values)
+
+
+HUGE = {"num_hidden_layers": 10, "hidden_size": 65_536, "intermediate_size": 262_144, "num_attention_heads": 64}
+REFUSED = {
+    "pickled weights": (instead_of_weights("pytorch_model.bin"), "no .safetensors weights"),
+    "GGUF": (instead_of_weights("tiny-q4.gguf"), "GGUF"),
+    "an adapter": (
+        lambda folder: (
+            (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+            and (folder / "adapter_config.json").write_text("{}")
+        ),
+        "is an adapter",
+    ),
+    "no chat template": (no_template, "no chat template"),
+    "code of its own": (
+        with_config(model_type="tiny_own", auto_map={"AutoModelForCausalLM": "modeling.Tiny"}),
+        "code of its own",
+    ),
+    "a kind nobody knows": (with_config(model_type="tiny_own"), "config.json"),
+    "a config of the wrong types": (with_config(hidden_size="wide"), "config.json"),
+    "quantised": (with_config(quantization_config={"quant_method": "gptq", "bits": 4}), r"quantised \(gptq\)"),
+    "no decoder": (with_config(model_type="t5", architectures=["T5ForConditionalGeneration"]), "no decoder-only"),
+    "no attention": (with_config(model_type="mamba", num_attention_heads=None), "no attention"),
+    "a write that has no hook": (as_family("Qwen 3.5 (hybrid)"), "cannot hook"),
+    "a write that is not in the sum": (as_family("Gemma 4, text"), "cannot be hooked.*another family"),
+    "more weights than memory": (with_config(**HUGE), "of memory"),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_what_cannot_be_used_is_refused_before_any_weights_are_asked_for(hub: Hub, tiny: Path, tmp_path, case):
+    folder = shutil.copytree(tiny, tmp_path / "repo")
+    change, says = REFUSED[case]
+    change(folder)
+    hub.repos[NAME] = Repo({FIRST: folder})
+    with pytest.raises(ModelError, match=says) as caught:
+        load()
+    assert "\n" not in str(caught.value)
+    assert not [file for file in hub.requested if is_weights(file) or file.endswith(".gguf")]
+
+
+def test_a_disk_that_is_too_small_is_refused_before_any_weights_are_asked_for(hub: Hub, tiny: Path):
+    hub.repos[NAME] = Repo({FIRST: tiny}, sizes={"model.safetensors": 10**17})
+    with pytest.raises(ModelError, match=re.escape("needs 100,000,000.0 GB on the disk")):
+        load()
+    assert hub.requested and not [file for file in hub.requested if is_weights(file)]
+
+
+@pytest.mark.parametrize(
+    ("repo", "revision", "says"),
+    [("gated", None, "licence accepted"), ("open", "9" * 40, "check the name"), ("none", None, "check the name")],
+)
+def test_what_the_hub_does_not_give_is_one_sentence(hub: Hub, tiny: Path, repo, revision, says):
+    hub.repos |= {"somebody/open": Repo({FIRST: tiny}), "somebody/gated": Repo({FIRST: tiny}, gated=True)}
+    with pytest.raises(ModelError, match=says) as caught:
+        load(f"somebody/{repo}", revision=revision)
+    assert "\n" not in str(caught.value) and not hub.requested
+
+
+def test_a_config_without_architectures_loads(hub: Hub, tiny: Path, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "repo")
+    edit_config(folder, architectures=None)
+    assert "architectures" not in json.loads((folder / "config.json").read_text())
+    assert torch.equal(load(folder).logits(["Hi"]), load(tiny).logits(["Hi"]))
+
+
+def test_weights_in_shards_are_fetched_by_their_index(hub: Hub, tiny: Path, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = shutil.copytree(tiny, tmp_path / "repo")
+    (folder / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(folder, max_shard_size="200KB")
+    shards = {path.name for path in folder.glob("*.safetensors")}
+    assert len(shards) > 1
+    (folder / "consolidated.safetensors").write_bytes(b"the same weights once more")
+    hub.repos[NAME] = Repo({FIRST: folder})
+    assert torch.equal(load().logits(["Hi"]), load(tiny).logits(["Hi"]))
+    assert {file for file in hub.requested if is_weights(file)} == shards

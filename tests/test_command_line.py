@@ -1,0 +1,88 @@
+"""What the command line promises: exit codes, one document on stdout, and a second search that is none."""
+
+import json
+
+import pytest
+from test_terminal import Terminal
+
+from refusal_core import __main__ as command_line
+from refusal_core import findings
+from refusal_core.directions import Direction
+from refusal_core.findings import load_found
+from refusal_core.prompts import load_prompts
+
+main = command_line.main
+
+
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory) -> list[str]:
+    """A few prompts of each class, in text files."""
+    folder = tmp_path_factory.mktemp("lists")
+    train = load_prompts("train").draw(24)
+    (folder / "bad.txt").write_text("\n".join(train.harmful))
+    (folder / "good.txt").write_text("\n\n".join(train.harmless))
+    return ["--harmful", str(folder / "bad.txt"), "--harmless", str(folder / "good.txt")]
+
+
+def test_find_says_what_it_chose_and_finds_it_again_at_once(lists, tmp_path, capsys, monkeypatch):
+    assert main(["find", *lists, "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "", "no bar where there is no terminal"
+    found = load_found(tmp_path / "out")
+    source = Direction.load(tmp_path / "out" / "direction.safetensors").source
+    assert f"chosen: position {source.position}" in printed.out and "below the runner-up's" in printed.out
+    assert f"{len(found.scores):5} candidates" in printed.out
+    assert f"train harmful {found.counts['train', 'harmful'][0]} of" in printed.out
+    monkeypatch.setattr(findings, "find_direction", lambda *a, **k: pytest.fail("the search was made again"))
+    assert main(["find", *lists, "--json", "--device", "cpu"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["chosen"] == {"pos": source.position, "layer": source.layer}
+    assert said["funnel"]["candidates"] == len(said["candidates"]) == len(found.scores)
+    assert said["margin"] == found.choice.margin and len(said["refusal_texts"]) == len(found.refusal_tokens)
+
+
+def test_evaluate_and_export_put_one_json_document_on_stdout(direction: Direction, tmp_path, capsys):
+    direction.save(tmp_path / "d.safetensors")
+    given = ["--direction", str(tmp_path / "d.safetensors"), "--device", "cpu", "--json"]
+    assert main(["evaluate", *given, "--n", "2", "--max-new-tokens", "4"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["completions"]) == 16
+    assert main(["export", *given, "--out", str(tmp_path / "edited")]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["exact"] and said["path"] == str(tmp_path / "edited")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [], ["fly"], ["find", "--model", "x"], ["find", "--harmful", "x.txt"], ["find", "--dtype", "int8"],
+        ["evaluate", "--max-new-tokens", "0"], ["export"],
+    ],
+)  # fmt: skip
+def test_a_command_line_that_is_not_understood_is_status_2(given, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(given)
+    assert ended.value.code == 2
+    assert "usage: python -m refusal_core" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["find", "/nowhere"], "There is no model folder"),
+        (["find", "--device", "abacus"], "There is no device"),
+        (["find", "--harmful", "/no.txt", "--harmless", "/no.txt"], "There is no prompt file"),
+        (["evaluate", "--direction", "/no.safetensors"], "There is no file"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence_and_status_1(given, says, capsys):
+    assert main(given) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(says) and printed.err.count("\n") == 1 and printed.out == ""
+
+
+def test_ctrl_c_is_one_sentence_and_status_130(lists, capsys, monkeypatch):
+    terminal = Terminal(until="reading prompts")
+    monkeypatch.setattr(command_line.sys, "stderr", terminal)
+    assert main(["find", *lists, "--no-cache", "--device", "cpu"]) == 130
+    assert terminal.getvalue().endswith("\nInterrupted: nothing is left half-written.\n")
+    assert capsys.readouterr().out == ""

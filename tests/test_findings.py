@@ -1,0 +1,89 @@
+"""What was found can be read back whole, and a second search for the same is none."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from refusal_core import findings
+from refusal_core.chat_model import ChatModel
+from refusal_core.directions import Direction, DirectionError
+from refusal_core.findings import CACHE_VARIABLE, as_json, find_or_recall, funnel, load_found, save_found
+from refusal_core.prompts import load_prompts
+from refusal_core.selection import Found, Progress
+
+
+def same(a: Found, b: Found) -> bool:
+    tensors = all(torch.equal(getattr(a, name), getattr(b, name)) for name in findings.ACTIVATIONS)
+    rest = {f.name for f in fields(Found)} - {"direction", *findings.ACTIVATIONS}
+    return tensors and a.direction.digest == b.direction.digest and all(getattr(a, n) == getattr(b, n) for n in rest)
+
+
+def test_what_was_found_is_read_back_whole(found: Found, tmp_path):
+    save_found(found, tmp_path / "out")
+    assert same(load_found(tmp_path / "out"), found)
+    assert Direction.load(tmp_path / "out" / "direction.safetensors").source == found.direction.source
+    with pytest.raises(DirectionError, match="does not hold a finished search"):
+        load_found(tmp_path)
+
+
+def test_the_funnel_counts_every_candidate_once(found: Found):
+    counts = funnel(found.choice, len(found.scores))
+    assert counts["candidates"] == len(found.scores) == counts["left"] + len(found.choice.rejected)
+    assert as_json(found)["funnel"] == counts and counts["layer"] and counts["zero"] and counts["induce"]
+
+
+@pytest.fixture
+def searches(found: Found, tmp_path, monkeypatch):
+    """Counts the searches that are made, each of which gives `found` at once."""
+    made = []
+
+    def search(*args, **kwargs):
+        made.append(args)
+        yield Progress("reading prompts", 1, 1)
+        yield found
+
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(findings, "find_direction", search)
+    return made
+
+
+def recall(model: ChatModel, **options) -> Found:
+    *_, last = find_or_recall(model, load_prompts("train"), load_prompts("val"), **options)
+    assert isinstance(last, Found)
+    return last
+
+
+def test_the_same_search_is_made_once_and_another_anew(model: ChatModel, found: Found, searches, monkeypatch):
+    assert same(recall(model), found) and same(recall(model), found)
+    assert len(searches) == 1
+    recall(model, seed=1)
+    recall(model, complete=True)
+    assert len(searches) == 3
+    val = load_prompts("val")
+    list(find_or_recall(model, load_prompts("train"), replace(val, harmful=val.harmful[1:])))
+    assert len(searches) == 4
+    monkeypatch.setattr(model.tokenizer, "chat_template", model.tokenizer.chat_template.replace("im_end", "im_over"))
+    recall(model)
+    assert len(searches) == 5, "another template is another prompt"
+    monkeypatch.undo()
+
+
+def test_a_broken_entry_is_searched_anew_and_the_oldest_make_room(model: ChatModel, searches, tmp_path, monkeypatch):
+    recall(model)
+    (entry,) = (tmp_path / "cache").iterdir()
+    (entry / "found.json").write_text(json.dumps({}))
+    recall(model)
+    recall(model)
+    assert len(searches) == 2
+    monkeypatch.setattr(findings, "CACHE_BYTES", 1)
+    recall(model, seed=1)
+    (left,) = (tmp_path / "cache").iterdir()
+    assert left != entry
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_the_second_start(model: ChatModel, found, searches, tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    assert same(recall(model), found) and same(recall(model), found)
+    assert len(searches) == 2
