@@ -1025,7 +1025,7 @@ def test_rates_and_curves_are_measured_with_transcripts_and_files(tab, ready, tm
     assert set(tab.locator(".transcripts .tag").all_inner_texts()) == {"refused"}
     expect(tab.locator("[data-figure='add refusal'] .main-svg").first).to_be_visible(timeout=60_000)
     saved = {}
-    for name in ("CSV", "JSON", "Markdown"):
+    for name in ("CSV", "JSON", "Markdown", "report"):
         with tab.expect_download() as download:
             tab.get_by_role("button", name=f"Save {name}").click()
         path = tmp_path / download.value.suggested_filename
@@ -1036,6 +1036,14 @@ def test_rates_and_curves_are_measured_with_transcripts_and_files(tab, ready, tm
     assert len(measured["completions"]) == 4 * 12 and len(measured["curves"]["add"]["random_refusal"]) == 5
     assert saved["CSV"].splitlines()[0].startswith("class,row,n,refused") and len(saved["CSV"].splitlines()) == 9
     assert "| harmless | direction added 1× | 6 | 100.0%" in saved["Markdown"] and "toy" in saved["Markdown"]
+    report = tab.context.new_page()
+    report.goto(path.as_uri())
+    expect(report.locator("table tr")).to_have_count(9)
+    expect(report.locator("table")).to_contain_text("harmlessdirection added 1×6100.0 %")
+    expect(report.locator("body")).to_contain_text(ready.model.fingerprint)
+    expect(report.locator("details").first).not_to_have_attribute("open", "")
+    assert report.locator("img").evaluate_all("all => all.map((image) => image.naturalWidth > 0)") == [True] * 4
+    assert report.locator("details p b").count() == 4 * 12
 
 
 def test_measuring_can_be_cancelled(tab):

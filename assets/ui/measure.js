@@ -122,6 +122,42 @@ const FILES = {
     const plain = Object.entries(curves || {}).map(([kind, { refusal_figure, kl_figure, ...curve }]) => [kind, curve]);
     return JSON.stringify({ ...measured, curves: Object.fromEntries(plain) }, null, 1);
   },
+  html: async () => {
+    const { page, add, text } = newPage('Refusal with and without its direction');
+    add(page.body, 'p', find('[data-made]').textContent);
+    const { direction } = report;
+    add(page.body, 'p', `Weights ${report.fingerprint}${report.revision ? `, revision ${report.revision}` : ''}; direction ${direction.digest}, ‖r‖ ${direction.norm.toFixed(3)}, from ${direction.n_harmful} harmful and ${direction.n_harmless} harmless prompts; judge: ${report.rules}; greedy, at most ${report.max_new_tokens} tokens.`);
+    const table = add(page.body, 'table');
+    const row = (cells, tag = 'td') => { const line = add(table, 'tr'); cells.forEach((each) => add(line, tag, each)); };
+    row(['prompts', 'direction', 'n', 'refused', 'answered', 'unclear', 'KL, nats'], 'th');
+    const share = (r, kind) => `${percent(r[kind] / r.n)} [${r[`${kind}_interval`].map(percent).join(' to ')}]`;
+    for (const r of report.rates) row([r.harmful ? 'harmful' : 'harmless', r.row, r.n, share(r, 'refused'), share(r, 'answered'), percent(r.unclear / r.n), r.kl.toFixed(3)]);
+    add(page.body, 'p', find('[data-report] > .meaning').textContent.replace(/ A click.*$/, ''));
+    if (curves) {
+      add(page.body, 'h2', 'By strength');
+      add(page.body, 'p', find('[data-curves-meaning]').textContent);
+      await plotly();
+      for (const node of all('[data-figure]')) {
+        const [kind, what] = node.dataset.figure.split(' ');
+        const { data, layout } = painted(JSON.parse(curves[kind][`${what}_figure`]));
+        const ground = colour('ground');
+        const image = add(add(page.body, 'figure'), 'img');
+        image.src = await Plotly.toImage({ data, layout: { ...layout, paper_bgcolor: ground, plot_bgcolor: ground } }, { format: 'svg', width: 720, height: 360 });
+        image.alt = node.getAttribute('aria-label');
+        add(image.parentNode, 'figcaption', image.alt);
+      }
+    }
+    for (const r of report.rates) {
+      const folded = add(page.body, 'details');
+      add(folded, 'summary', `${r.harmful ? 'Harmful' : 'Harmless'} prompts, ${r.row}: every reply`);
+      for (const each of report.completions.filter((c) => c.row === report.rows.indexOf(r.row) && c.harmful === r.harmful)) {
+        add(add(folded, 'p'), 'b', each.prompt);
+        add(folded, 'p', each.text || '(empty)');
+        add(add(folded, 'p'), 'small', [each.verdict, each.because].filter(Boolean).join(': '));
+      }
+    }
+    return text();
+  },
   md: () => `${find('[data-made]').textContent}\n\nDirection: \`${JSON.stringify(report.direction)}\`, judge: ${report.rules}, greedy, at most ${report.max_new_tokens} tokens.\n\n${report.markdown}`,
 };
 
@@ -165,9 +201,10 @@ find('[data-cancel]').addEventListener('click', () => {
   find('[data-measuring]').textContent = 'cancelling …';
   trigger('cancel', { run });
 });
-all('[data-save]').forEach((button) => button.addEventListener('click', () => {
+all('[data-save]').forEach((button) => button.addEventListener('click', async () => {
   const kind = button.dataset.save;
-  save(`measured.${kind}`, { csv: 'text/csv', json: 'application/json', md: 'text/markdown' }[kind], `${FILES[kind]()}\n`);
+  const type = { csv: 'text/csv', json: 'application/json', md: 'text/markdown', html: 'text/html' }[kind];
+  save(`measured.${kind}`, type, `${await FILES[kind]()}\n`);
 }));
 new ResizeObserver(() => {
   if (seen || !element.offsetWidth) return;

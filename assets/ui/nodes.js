@@ -15,7 +15,6 @@ function readable(token) {
   return token.replace(/\n/g, '⏎').replace(/\t/g, '⇥').replace(/ /g, '␣') || '∅';
 }
 
-
 /** Gives the visitor a file. */
 function save(name, type, content) {
   const link = make('a');
@@ -23,4 +22,24 @@ function save(name, type, content) {
   link.download = name;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+
+/** A page to keep: every text is set as text, nothing is loaded from anywhere. Gives the page, and how to add to it. */
+function newPage(title) {
+  const page = document.implementation.createHTMLDocument(title);
+  const add = (parent, tag, text) => {
+    const node = page.createElement(tag);
+    if (text !== undefined) node.textContent = text;
+    parent.append(node);
+    return node;
+  };
+  page.documentElement.lang = 'en';
+  const meta = page.createElement('meta');
+  meta.setAttribute('charset', 'utf-8');
+  page.head.prepend(meta);
+  add(page.head, 'style', 'body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c1b18;background:#fff}'
+    + 'table{width:100%;border-collapse:collapse;table-layout:fixed}td,th{text-align:left;vertical-align:top;padding:.5rem 1rem .5rem 0;border-top:1px solid #dcdad2;white-space:pre-wrap;overflow-wrap:anywhere}small,th{color:#5d5b54;font-weight:400}'
+    + 'p{white-space:pre-wrap;overflow-wrap:anywhere}img{width:100%;max-width:36rem}');
+  add(page.body, 'h1', title);
+  return { page, add, text: () => `<!doctype html>\n${page.documentElement.outerHTML}` };
 }

@@ -530,22 +530,8 @@ function conversation() {
   };
 }
 
-/** A page of its own: every text is set as text, nothing is loaded from anywhere. */
 function pageOf(saved) {
-  const page = document.implementation.createHTMLDocument(saved.made_with);
-  const add = (parent, tag, text) => {
-    const node = page.createElement(tag);
-    if (text !== undefined) node.textContent = text;
-    parent.append(node);
-    return node;
-  };
-  page.documentElement.lang = 'en';
-  const meta = page.createElement('meta');
-  meta.setAttribute('charset', 'utf-8');
-  page.head.prepend(meta);
-  add(page.head, 'style', 'body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c1b18}'
-    + 'table{width:100%;border-collapse:collapse;table-layout:fixed}td,th{text-align:left;vertical-align:top;padding:.5rem 1rem .5rem 0;border-top:1px solid #dcdad2;white-space:pre-wrap;overflow-wrap:anywhere}small,th{color:#5d5b54;font-weight:400}');
-  add(page.body, 'h1', saved.made_with);
+  const { page, add, text } = newPage(saved.made_with);
   add(page.body, 'p', `${saved.model} · direction: ${saved.direction} · system prompt: ${saved.system || 'none'} · temperature ${saved.temperature}, seed ${saved.seed}, at most ${saved.max_new_tokens} tokens`);
   for (const { prompt: said, replies } of saved.turns) {
     add(page.body, 'h2', said);
@@ -558,7 +544,7 @@ function pageOf(saved) {
       add(add(feet, 'td'), 'small', [reply.verdict, because(reply)].filter(Boolean).join(': '));
     }
   }
-  return `<!doctype html>\n${page.documentElement.outerHTML}`;
+  return text();
 }
 
 function saveAs(kind) {
