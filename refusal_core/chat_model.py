@@ -348,7 +348,8 @@ class ChatModel:
     def check_rows(self, rows: Sequence[Row | Intervention | None] | None, n_rows: int) -> list[Row]:
         """`rows` as tuples without interventions that do nothing; none given means the baseline for all.
 
-        Raises ValueError if their number is not `n_rows`, ModelError for a direction read from another model.
+        Raises ValueError if their number is not `n_rows`, ModelError for a direction read from another model and for
+        writers that this one does not have.
         """
         checked = [as_row(row) for row in rows] if rows is not None else [()] * n_rows
         if len(checked) != n_rows:
@@ -360,6 +361,12 @@ class ChatModel:
                     f"This direction was read from {source.model or 'another model'}, not from {self.name}: its numbers "
                     "mean nothing here. Find the direction of this model."
                 )
+        named = {writer for row in checked for i in row for writer in i.writers or ()}
+        if unknown := sorted(named - set(self.writers)):
+            raise ModelError(
+                f"{self.name} has no part {unknown[0]!r} that writes to its stream: name some of its {len(self.writers)} "
+                f"writers, {self.writers[0]!r} to {self.writers[-1]!r}."
+            )
         return checked
 
     def _forward(self, step: _Step, **inputs):
@@ -400,7 +407,7 @@ class ChatModel:
         step = self._step
         if step is None:
             return None
-        edited = step.edits.at_write(x) if step.edits.active else x
+        edited = step.edits.at_write(x, self.writers[writer]) if step.edits.active else x
         for row, patch in enumerate(step.patches):
             if patch is not None and patch[0] == writer:
                 edited = edited.clone()

@@ -58,6 +58,19 @@ def test_nothing_is_left_along_the_direction_at_any_later_read_after_ablation(fa
         assert ((ablated @ r.unit).abs() <= 1e-5 * ablated.norm(dim=-1).clamp(min=1)).all()
 
 
+def test_ablation_at_one_writer_clears_its_write_and_leaves_those_before_it(family):
+    _, model, _ = family
+    r = direction_of(model)
+    (prompt,) = model.batches(PROMPTS[:1])
+    rows = [(), *((Intervention(r, "ablate", 1.0, frozenset({writer})),) for writer in model.writers)]
+    writes = model.run(prompt.repeat(len(rows)), rows, read_writes=range(-3, 0)).writes
+    assert writes is not None
+    for writer in range(len(model.writers)):
+        assert_close(writes[1 + writer, :, writer] @ r.unit, torch.zeros(3), atol=1e-5, rtol=0)
+        assert_close(writes[1 + writer, :, :writer], writes[0, :, :writer], atol=1e-5, rtol=1e-4)
+    assert (writes[0] @ r.unit).abs().max() > 1e-2, "there must have been something to remove"
+
+
 def test_addition_moves_the_input_of_its_layer_by_exactly_that_much(family):
     _, model, _ = family
     r = direction_of(model)

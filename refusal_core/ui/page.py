@@ -39,6 +39,7 @@ SENT = (
     "max_new_tokens",
     "seed",
     "system",
+    "writers",
 )
 """The fields of a request to the Talk tab."""
 
