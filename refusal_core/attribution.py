@@ -140,13 +140,15 @@ class Patching:
 class Attribution:
     """`Patching` to first order, of every writer in the order of `ChatModel.writers`, and of every head.
 
-    Means over `n_pairs` pairs, in log-odds. The heads of a layer sum to its attention, up to a bias that does not
-    differ between prompts; None where heads cannot be told apart.
+    Means over `n_pairs` pairs, in log-odds; `harmful` and `harmless` as there. The heads of a layer sum to its
+    attention; None where heads cannot be told apart.
     """
 
     names: tuple[str, ...]
     effect: Float[Tensor, " writer"]
     heads: Float[Tensor, "layer head"] | None
+    harmful: float
+    harmless: float
     n_pairs: int
 
 
@@ -163,17 +165,20 @@ def attribute_writers(
     """
     pairs = list(zip(harmful, harmless, strict=False))[:n_pairs]
     positions = range(-model.template_positions, 0)
-    effect, heads = torch.zeros(len(model.writers)), torch.zeros(())
+    effect, heads, scores = torch.zeros(len(model.writers)), torch.zeros(()), torch.zeros(2, dtype=torch.float64)
     for batch in model.batches([bad for bad, _ in pairs], GRADIENT_TOKENS):
         told = model.gradients(batch, lambda logits: refusal_score(logits, refusal_tokens), positions)
         clean = _clean_run(model, [pairs[i][1] for i in batch.index], positions)
         assert clean.writes is not None
+        scores += torch.stack([told.numbers.sum(), refusal_score(clean.logits.cpu(), refusal_tokens).sum()])
         effect += (told.by_write * (told.writes - clean.writes.float().cpu())).sum((0, 1, 3))
         if told.head_inputs is not None and told.by_head_input is not None and clean.head_inputs is not None:
             parts = zip(told.by_head_input, told.head_inputs, clean.head_inputs, strict=True)
             moved = torch.stack([(g * (z - c.float().cpu())).sum((0, 1)) for g, z, c in parts])
             heads = heads + moved.unflatten(-1, (model.n_heads, -1)).sum(-1)
-    return Attribution(model.writers, effect / len(pairs), heads / len(pairs) if heads.ndim else None, len(pairs))
+    mean = scores / len(pairs)
+    of_heads = heads / len(pairs) if heads.ndim else None
+    return Attribution(model.writers, effect / len(pairs), of_heads, mean[0].item(), mean[1].item(), len(pairs))
 
 
 def _clean_run(model: ChatModel, prompts: Sequence[Conversation], positions: Sequence[int]) -> Output:

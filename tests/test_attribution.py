@@ -181,6 +181,7 @@ def test_first_pass_and_exact_effects_agree_in_rank_and_some_parts_can_be_patche
     assert isinstance(exact, Patching)
     ranks = [effect.argsort().argsort().double() for effect in (first_pass.effect, exact.effect)]
     assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.7
+    assert (first_pass.harmful, first_pass.harmless) == pytest.approx((exact.harmful, exact.harmless), abs=1e-3)
     some = ("MLP 7", "attention 5")
     *_, alone = patch_writers(model, val.harmful, val.harmless, found.refusal_tokens, 4, writers=some)
     assert isinstance(alone, Patching) and alone.names == some

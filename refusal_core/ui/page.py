@@ -254,12 +254,12 @@ class Handlers:
             return {"error": str(error)} | echo
 
     def measure_writers(self, visit: Visit, event: gr.EventData, request: gr.Request) -> Iterator[dict]:
-        """Which parts write the direction."""
+        """Which parts write the direction, and what the refusal loses without each."""
         run = getattr(event, "run", None)
         try:
             _, ready = self._ready(visit)
             stop = self._looks.begin(str(request.session_hash), run if isinstance(run, int) else 0)
-            yield from writers_view(ready, stop)
+            yield from writers_view(ready, stop, every=getattr(event, "every", None) is True)
         except (PromptError, ModelError) as error:
             yield {"error": str(error), "measured": True, "nonce": time.monotonic_ns()}
 
