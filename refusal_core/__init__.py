@@ -7,6 +7,7 @@ Each module is a room, and may import only rooms above it:
     directions      difference in means; the Direction value; save and load
     interventions   ablate or add a direction; per-row edits
     chat_model      a chat model whose residual stream can be read and written
+    formats         directions in the files of other tools
     activations     the residual stream of many prompts at the template positions
     generation      completions streamed side by side from one batch
     selection       score every candidate, lazily and exactly; apply the rule

@@ -14,6 +14,7 @@ from pathlib import Path
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import Direction, DirectionError
 from refusal_core.evaluation import Report, evaluate, paper_rows
+from refusal_core.formats import load_direction
 from refusal_core.generation import MAX_NEW_TOKENS
 from refusal_core.orthogonalize import export
 from refusal_core.prompts import PromptError, load_prompts
@@ -111,7 +112,7 @@ COMMANDS = {"find": _find, "evaluate": _evaluate, "export": _export}
 
 
 def _direction(model: ChatModel, options: argparse.Namespace) -> Direction:
-    return Direction.load(options.direction) if options.direction else _found(model, options).direction
+    return load_direction(model, options.direction) if options.direction else _found(model, options).direction
 
 
 def _found(model: ChatModel, options: argparse.Namespace, *, complete: bool = False) -> Found:

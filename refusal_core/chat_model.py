@@ -199,6 +199,11 @@ class ChatModel:
         return bool(self._model.config.get_text_config().tie_word_embeddings)
 
     @property
+    def family(self) -> str:
+        """What its config calls its architecture, such as "llama"."""
+        return str(self._model.config.model_type)
+
+    @property
     def n_parameters(self) -> int:
         """How many weights it has, tied ones counted once."""
         return sum(p.numel() for p in self._model.parameters())

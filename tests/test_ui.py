@@ -1112,7 +1112,7 @@ def test_the_server_lets_the_page_load_nothing_from_elsewhere_and_takes_no_uploa
         assert "default-src 'self'" in policy and "http" not in policy
         assert answer.headers["x-content-type-options"] == "nosniff"
     for path, status in (("/gradio_api/upload", 403), ("/gradio_api/queue/join", 413)):
-        request = urllib.request.Request(app.url + path, data=b"x" * 3_000_000, method="POST")
+        request = urllib.request.Request(app.url + path, data=b"x" * 10_000_000, method="POST")
         with pytest.raises((urllib.error.HTTPError, ConnectionError, urllib.error.URLError)) as refused:
             urllib.request.urlopen(request)
         assert not isinstance(refused.value, urllib.error.HTTPError) or refused.value.code == status

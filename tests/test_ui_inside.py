@@ -10,6 +10,7 @@ from test_ui import SENT, app, ask, chromium, follow, idle, link_of, open_inside
 
 from refusal_core.attribution import words
 from refusal_core.directions import Direction, random_like
+from refusal_core.formats import METADATA, read_direction
 from refusal_core.generation import stream_side_by_side
 from refusal_core.interventions import Intervention
 from refusal_core.prompts import PromptError
@@ -140,6 +141,22 @@ def test_a_direction_is_saved_and_loaded_again_and_one_of_another_model_is_refus
     replace(other, source=replace(other.source, fingerprint="another")).save(path)
     tab.locator("[data-load-direction]").set_input_files(path)
     expect(tab.locator("[data-failed]")).to_contain_text("not from embedded model")
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="Save for llama.cpp").click()
+    vector = tmp_path / "saved.gguf"
+    download.value.save_as(vector)
+    assert read_direction(ready.model, {"saved.gguf": vector.read_bytes()}).source == other.source
+    files = {"direction.pt": tmp_path / "direction.pt", METADATA: tmp_path / METADATA}
+    torch.save(ready.direction.norm * ready.direction.unit, files["direction.pt"])
+    source = ready.direction.source
+    files[METADATA].write_text(json.dumps({"pos": source.position, "layer": source.layer}))
+    tab.locator("[data-load-direction]").set_input_files(list(files.values()))
+    expect(tab.locator("[data-direction]")).not_to_contain_text("from a file")  # it is the rule's choice
+    expect(tab.locator(".turn").last.locator(".cell[data-pane='added'] .tag")).to_have_text("refused")
+    tab.locator("[data-load-direction]").set_input_files(files["direction.pt"])
+    expect(tab.locator("[data-failed]")).to_contain_text(f"together with {METADATA}")
+    tab.locator("[data-load-direction]").set_input_files(vector)
+    expect(tab.locator("[data-direction]")).to_contain_text("from a file")
     path.write_bytes(b"no direction")
     tab.locator("[data-load-direction]").set_input_files(path)
     expect(tab.locator("[data-failed]")).to_contain_text("cannot be read as a saved direction")
