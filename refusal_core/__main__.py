@@ -25,6 +25,7 @@ from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import Direction, DirectionError
 from refusal_core.evaluation import Report, evaluate, paper_rows
 from refusal_core.findings import CACHE_VARIABLE, as_json, find_or_recall, funnel, save_found
+from refusal_core.formats import load_direction
 from refusal_core.generation import MAX_NEW_TOKENS
 from refusal_core.orthogonalize import export
 from refusal_core.prompts import PromptError, PromptSet, Split, load_prompts
@@ -213,7 +214,7 @@ def _prompts(split: Split, options: argparse.Namespace) -> PromptSet:
 
 
 def _direction(model: ChatModel, options: argparse.Namespace) -> Direction:
-    return Direction.load(options.direction) if options.direction else _found(model, options).direction
+    return load_direction(model, options.direction) if options.direction else _found(model, options).direction
 
 
 def _found(model: ChatModel, options: argparse.Namespace, *, complete: bool = False) -> Found:

@@ -6,7 +6,10 @@
 
 What a part writes along r̂ is correlation (direct attribution). The causal check is activation patching: in the run of
 a harmful prompt one part is made to write, at the template's tokens, what it wrote for a harmless prompt; what that
-does to the refusal score is the part's effect. (The note that preceded Arditi et al. 2024 began with it.)
+does to the refusal score is the part's effect. (The note that preceded Arditi et al. 2024 began with it.) To first
+order it is had for all parts at once, from one forward and one backward step (attribution patching; Nanda 2023):
+
+    effect ≈ Σ over positions of ∂score/∂w · (w harmful − w harmless)       for a head: z instead of w
 """
 
 import threading
@@ -17,13 +20,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refusal_core.chat_model import Batch, ChatModel, Conversation
+from refusal_core.chat_model import Batch, ChatModel, Conversation, Output
 from refusal_core.directions import Direction
 from refusal_core.interventions import Row
 from refusal_core.metrics import refusal_score
 from refusal_core.selection import Progress
 
 BATCH_TOKENS = 4096
+GRADIENT_TOKENS = 1024
+"""Tokens of a batch whose activations are all kept for the backward step."""
+
 N_PAIRS = 16
 
 
@@ -119,8 +125,8 @@ def write_along(
 class Patching:
     """The effect of each writer: how far the refusal score falls when it writes what it wrote for a harmless prompt.
 
-    Means over `n_pairs` pairs, in log-odds, in the order of `ChatModel.writers`; `harmful` and `harmless` are the mean
-    scores of the unpatched runs, so that the effect of everything together would be their difference.
+    Means over `n_pairs` pairs, in log-odds, in the order of `names`; `harmful` and `harmless` are the mean scores of
+    the unpatched runs, so that the effect of everything together would be their difference.
     """
 
     names: tuple[str, ...]
@@ -130,6 +136,56 @@ class Patching:
     n_pairs: int
 
 
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """`Patching` to first order, of every writer in the order of `ChatModel.writers`, and of every head.
+
+    Means over `n_pairs` pairs, in log-odds; `harmful` and `harmless` as there. The heads of a layer sum to its
+    attention; None where heads cannot be told apart.
+    """
+
+    names: tuple[str, ...]
+    effect: Float[Tensor, " writer"]
+    heads: Float[Tensor, "layer head"] | None
+    harmful: float
+    harmless: float
+    n_pairs: int
+
+
+def attribute_writers(
+    model: ChatModel,
+    harmful: Sequence[Conversation],
+    harmless: Sequence[Conversation],
+    refusal_tokens: Sequence[int],
+    n_pairs: int = N_PAIRS,
+) -> Attribution:
+    """Attribution patching of every writer and head, at the template's tokens, over the pairs of `patch_writers`.
+
+    Raises PromptError as `ChatModel.render` does.
+    """
+    pairs = list(zip(harmful, harmless, strict=False))[:n_pairs]
+    positions = range(-model.template_positions, 0)
+    effect, heads, scores = torch.zeros(len(model.writers)), torch.zeros(()), torch.zeros(2, dtype=torch.float64)
+    for batch in model.batches([bad for bad, _ in pairs], GRADIENT_TOKENS):
+        told = model.gradients(batch, lambda logits: refusal_score(logits, refusal_tokens), positions)
+        clean = _clean_run(model, [pairs[i][1] for i in batch.index], positions)
+        assert clean.writes is not None
+        scores += torch.stack([told.numbers.sum(), refusal_score(clean.logits.cpu(), refusal_tokens).sum()])
+        effect += (told.by_write * (told.writes - clean.writes.float().cpu())).sum((0, 1, 3))
+        if told.head_inputs is not None and told.by_head_input is not None and clean.head_inputs is not None:
+            parts = zip(told.by_head_input, told.head_inputs, clean.head_inputs, strict=True)
+            moved = torch.stack([(g * (z - c.float().cpu())).sum((0, 1)) for g, z, c in parts])
+            heads = heads + moved.unflatten(-1, (model.n_heads, -1)).sum(-1)
+    mean = scores / len(pairs)
+    of_heads = heads / len(pairs) if heads.ndim else None
+    return Attribution(model.writers, effect / len(pairs), of_heads, mean[0].item(), mean[1].item(), len(pairs))
+
+
+def _clean_run(model: ChatModel, prompts: Sequence[Conversation], positions: Sequence[int]) -> Output:
+    """What every part did for `prompts`, in their order."""
+    return model.run(model.continued(prompts, [()] * len(prompts)), read_writes=positions)
+
+
 def patch_writers(
     model: ChatModel,
     harmful: Sequence[Conversation],
@@ -137,14 +193,17 @@ def patch_writers(
     refusal_tokens: Sequence[int],
     n_pairs: int = N_PAIRS,
     stop: threading.Event | None = None,
+    writers: Sequence[str] | None = None,
 ) -> Iterator[Progress | Patching]:
-    """Activation patching of every writer, at the template's tokens; yields `Progress` and, last, `Patching`.
+    """Activation patching of `writers` (None: all), at the template's tokens; yields `Progress` and, last, `Patching`.
 
     The prompts are paired in order; setting `stop` ends the iteration early. Raises PromptError as `ChatModel.render` does.
     """
     pairs = list(zip(harmful, harmless, strict=False))[:n_pairs]
     positions = range(-model.template_positions, 0)
-    effect, scores = torch.zeros(len(model.writers), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    names = model.writers if writers is None else tuple(writers)
+    numbers = [model.writers.index(name) for name in names]
+    effect, scores = torch.zeros(len(names), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for done, (bad, good) in enumerate(pairs):
         (source,) = model.batches([good])
         (target,) = model.batches([bad])
@@ -152,15 +211,15 @@ def patch_writers(
         assert clean.writes is not None
         base = [refusal_score(output.logits.cpu(), refusal_tokens) for output in (model.run(target), clean)]
         scores += torch.cat(base)
-        for start, end in _parts(target, len(model.writers)):
-            patches = [(writer, clean.writes[0, :, writer]) for writer in range(start, end)]
+        for start, end in _parts(target, len(numbers)):
+            patches = [(writer, clean.writes[0, :, writer]) for writer in numbers[start:end]]
             patched = model.run(target.repeat(len(patches)), patches=patches)
             effect[start:end] += base[0] - refusal_score(patched.logits.cpu(), refusal_tokens)
         yield Progress("patching parts", done + 1, len(pairs))
         if stop is not None and stop.is_set():
             return
     mean = scores / len(pairs)
-    yield Patching(model.writers, effect / len(pairs), mean[0].item(), mean[1].item(), len(pairs))
+    yield Patching(names, effect / len(pairs), mean[0].item(), mean[1].item(), len(pairs))
 
 
 def _parts(batch: Batch, n: int) -> Iterator[tuple[int, int]]:

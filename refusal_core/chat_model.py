@@ -16,7 +16,7 @@ import copy
 import functools
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -78,6 +78,20 @@ class Output:
     head_inputs: tuple[Float[Tensor, "row pos heads_x_d_head"], ...] | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """A number of each row, and what each part did in that run with the number's gradient by it; float32 on the CPU.
+
+    `writes` and `head_inputs` are as in `Output`; `by_write` and `by_head_input` are the gradients, in their shapes.
+    """
+
+    numbers: Float[Tensor, " row"]
+    writes: Float[Tensor, "row pos writer d_model"]
+    by_write: Float[Tensor, "row pos writer d_model"]
+    head_inputs: tuple[Float[Tensor, "row pos heads_x_d_head"], ...] | None
+    by_head_input: tuple[Float[Tensor, "row pos heads_x_d_head"], ...] | None
+
+
 Patch = tuple[int, Float[Tensor, "pos d_model"]]
 """A writer by its number, and what it is made to write at the last positions, whatever the prompt."""
 
@@ -92,6 +106,7 @@ class _Step:
     read_layers: Sequence[int] | None = None
     read_writes: Sequence[int] | None = None
     patches: Sequence[Patch | None] = ()
+    with_gradients: bool = False
     reads: list[Tensor] = field(default_factory=list)
     writes: dict[int, Tensor] = field(default_factory=dict)
     head_inputs: dict[int, Tensor] = field(default_factory=dict)
@@ -131,7 +146,7 @@ class ChatModel:
     ) -> None:
         self.name, self.revision, self.fingerprint, self.folder = name, revision, fingerprint, folder
         self.tokenizer = tokenizer
-        self._model = model
+        self._model = model.requires_grad_(False)  # `gradients` asks for those of activations, nobody for the weights'
         self._lock = Turns()
         self._desk = Desk(self._lock, lambda edits, **inputs: self._run(_Step(edits), use_cache=True, **inputs))
         self._step: _Step | None = None
@@ -199,6 +214,11 @@ class ChatModel:
     def is_tied(self) -> bool:
         """Whether the unembedding is the embedding."""
         return bool(self._model.config.get_text_config().tie_word_embeddings)
+
+    @property
+    def family(self) -> str:
+        """What its config calls its architecture, such as "llama"."""
+        return str(self._model.config.model_type)
 
     @property
     def n_parameters(self) -> int:
@@ -355,6 +375,41 @@ class ChatModel:
             tuple(step.head_inputs[i] for i in range(self.n_layers)) if step.head_inputs else None,
         )
 
+    def gradients(
+        self,
+        batch: Batch,
+        number: Callable[[Float[Tensor, "row d_vocab"]], Float[Tensor, " row"]],
+        positions: Sequence[int],
+    ) -> Gradients:
+        """A `number` of each row's last logits, and its gradient by what each writer and each head does at `positions`.
+
+        One forward and one backward step for all of them, of the untouched model, under its lock. The logits come in
+        float32 on the CPU; the weights get no gradients, and nothing of the graph stays.
+        """
+        step = _Step(RowEdits([()] * len(batch.index)), with_gradients=True)
+        places = (batch.mask.cumsum(-1) - 1).clamp(min=0)
+        with self._lock:
+            result = self._run(
+                step, input_ids=batch.ids, attention_mask=batch.mask, position_ids=places, use_cache=False
+            )
+            writes = [step.writes[i] for i in range(len(self.writers))]
+            heads = [step.head_inputs[i] for i in range(self.n_layers)] if step.head_inputs else []
+            with torch.inference_mode(False), torch.enable_grad():
+                numbers = number(result.logits[:, -1].cpu().float())
+                by_part = torch.autograd.grad(numbers.sum(), [*writes, *heads], materialize_grads=True)
+
+        def kept(x: Tensor) -> Tensor:
+            return x.detach()[:, list(positions)].float().cpu()
+
+        scales = [self._scale_of(i) for i in range(len(writes))]
+        return Gradients(
+            numbers.detach().float(),
+            torch.stack([kept(w) * s for w, s in zip(writes, scales, strict=True)], dim=2),
+            torch.stack([kept(g) / s for g, s in zip(by_part, scales, strict=False)], dim=2),
+            tuple(map(kept, heads)) or None,
+            tuple(map(kept, by_part[len(writes) :])) or None,
+        )
+
     def heads_along(
         self, head_inputs: Sequence[Float[Tensor, "row pos heads_x_d_head"]], unit: Float[Tensor, " d_model"]
     ) -> Float[Tensor, "row pos layer head"]:
@@ -388,7 +443,8 @@ class ChatModel:
     def check_rows(self, rows: Sequence[Row | Intervention | None] | None, n_rows: int) -> list[Row]:
         """`rows` as tuples without interventions that do nothing; none given means the baseline for all.
 
-        Raises ValueError if their number is not `n_rows`, ModelError for a direction read from another model.
+        Raises ValueError if their number is not `n_rows`, ModelError for a direction read from another model and for
+        writers that this one does not have.
         """
         checked = [as_row(row) for row in rows] if rows is not None else [()] * n_rows
         if len(checked) != n_rows:
@@ -400,11 +456,18 @@ class ChatModel:
                     f"This direction was read from {source.model or 'another model'}, not from {self.name}: its numbers "
                     "mean nothing here. Find the direction of this model."
                 )
+        named = {writer for row in checked for i in row for writer in i.writers or ()}
+        if unknown := sorted(named - set(self.writers)):
+            raise ModelError(
+                f"{self.name} has no part {unknown[0]!r} that writes to its stream: name some of its {len(self.writers)} "
+                f"writers, {self.writers[0]!r} to {self.writers[-1]!r}."
+            )
         return checked
 
     def _run(self, step: _Step, **inputs):
         """One step of the model, by whoever holds its lock."""
-        with torch.inference_mode():
+        graph = step.with_gradients
+        with torch.inference_mode(not graph), torch.set_grad_enabled(graph):
             self._step = step
             try:
                 return self._model(**inputs, logits_to_keep=1, return_dict=True)
@@ -441,12 +504,15 @@ class ChatModel:
         step = self._step
         if step is None:
             return None
-        edited = step.edits.at_write(x) if step.edits.active else x
+        edited = step.edits.at_write(x, self.writers[writer]) if step.edits.active else x
         for row, patch in enumerate(step.patches):
             if patch is not None and patch[0] == writer:
                 edited = edited.clone()
                 edited[row, -len(patch[1]) :] = patch[1].to(edited) / self._scale_of(writer)
-        if step.read_writes is not None:
+        if step.with_gradients:
+            edited = edited if edited.requires_grad else edited.detach().requires_grad_()  # the graph begins here
+            step.writes[writer] = edited
+        elif step.read_writes is not None:
             step.writes[writer] = edited[:, list(step.read_writes)] * self._scale_of(writer)
         return None if edited is x else edited
 
@@ -456,7 +522,11 @@ class ChatModel:
 
     def _on_heads(self, layer: int, module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         step = self._step
-        if step is not None and step.read_writes is not None:
+        if step is None:
+            return
+        if step.with_gradients:
+            step.head_inputs[layer] = inputs[0]
+        elif step.read_writes is not None:
             step.head_inputs[layer] = inputs[0][:, list(step.read_writes)]
 
     def _on_resid_pre(self, layer: int, x: Tensor, hook: object) -> Tensor | None:

@@ -34,7 +34,8 @@ class Source:
     """Where a direction was read: the model, the layer and position, the prompts.
 
     `layer` counts `resid_pre` (the *input* of that block; tools that count block outputs call it layer − 1).
-    `fingerprint` names the weights themselves, so that a moved folder is still the same model.
+    `fingerprint` names the weights themselves, so that a moved folder is still the same model. `origin` names the
+    format of another tool's file that the direction comes from, in which nothing says which weights it was read from.
     """
 
     model: str = ""
@@ -46,6 +47,11 @@ class Source:
     n_harmful: int = 0
     n_harmless: int = 0
     control: str = ""
+    origin: str = ""
+
+    def as_json(self) -> str:
+        """What `read_source` reads."""
+        return json.dumps(asdict(self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +86,7 @@ class Direction:
         """r̂, ‖r‖ and the source as a safetensors file, the source as its metadata."""
         # clone: a view would carry every other candidate along in its storage.
         tensors = {"unit": self.unit.clone(), "norm": torch.tensor(self.norm, dtype=torch.float64)}
-        return safetensors.torch.save(tensors, metadata={"format": FORMAT, "source": json.dumps(asdict(self.source))})
+        return safetensors.torch.save(tensors, metadata={"format": FORMAT, "source": self.source.as_json()})
 
     @classmethod
     def load(cls, path: str | Path) -> "Direction":
@@ -101,8 +107,7 @@ class Direction:
             if not all(tensor.is_floating_point() for tensor in tensors.values()):
                 raise TypeError("its numbers are no real ones")
             unit, norm = tensors["unit"], tensors["norm"].item()
-            written = json.loads(metadata["source"])
-            source = Source(**{f.name: _typed(written[f.name], f.default) for f in fields(Source) if f.name in written})
+            source = read_source(metadata["source"])
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             if isinstance(error, DirectionError):
                 raise
@@ -110,6 +115,14 @@ class Direction:
         if unit.ndim != 1 or not abs(unit.float().norm().item() - 1) < 1e-3 or not ZERO_NORM <= norm < math.inf:
             raise DirectionError(f"{name} does not hold a unit vector and its positive norm.")
         return cls(unit.float(), norm, source)
+
+
+def read_source(text: str) -> Source:
+    """The source in what `Source.as_json` gave; raises ValueError, TypeError and AttributeError for anything else."""
+    written = json.loads(text)
+    if not isinstance(written, dict):
+        raise TypeError("its source is no list of names and values")
+    return Source(**{f.name: _typed(written[f.name], f.default) for f in fields(Source) if f.name in written})
 
 
 def _typed(value: object, default: object) -> Any:

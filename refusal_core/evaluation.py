@@ -287,10 +287,11 @@ def dose_response(
     kind: Kind,
     refusal_tokens: Sequence[int],
     scales: Sequence[float] | None = None,
+    writers: frozenset[str] | None = None,
 ) -> DoseResponse:
     """The curve of one conversation at `scales`, by default `REMOVALS` or `ADDITIONS`.
 
-    Raises PromptError and ModelError as `ChatModel.logits` does.
+    `writers` confines an ablation as in `Intervention`. Raises PromptError and ModelError as `ChatModel.logits` does.
     """
     scales = tuple(scales) if scales is not None else REMOVALS if kind == "ablate" else ADDITIONS
     (prompt,) = model.batches([conversation])
@@ -300,7 +301,7 @@ def dose_response(
         resid_pre = model.run(prompt, read=slice(None), read_layers=[layer]).resid_pre
         assert resid_pre is not None
         start = resid_pre[:, :, 0]
-    rows = [(), *((Intervention(direction, kind, scale),) for scale in scales)]
+    rows = [(), *((Intervention(direction, kind, scale, writers),) for scale in scales)]
     at_a_time = max(1, MAX_TOKENS // prompt.ids.numel())
     parts: list[Tensor] = []
     for i in range(0, len(rows), at_a_time):

@@ -5,8 +5,9 @@
 
 An intervention is a value: it knows what to do and where, and holds neither model nor state.
 Where it acts follows from its kind. Ablation guards everything that is written to the stream (the
-embedding, each attention output, each MLP output, in every layer); addition acts once, at the
-`resid_pre` of the layer its direction was read from. Both act at every position, prompt and reply alike.
+embedding, each attention output, each MLP output, in every layer), or only some of those writes where
+it names them; addition acts once, at the `resid_pre` of the layer its direction was read from. Both act
+at every position, prompt and reply alike.
 """
 
 import math
@@ -27,18 +28,22 @@ Kind = Literal["ablate", "add"]
 class Intervention:
     """One edit of the residual stream: `kind` along `direction`, `scale` times the paper's amount.
 
-    Raises ValueError for an unknown kind or a scale that is not finite.
+    `writers` are names of `ChatModel.writers` to which an ablation is confined; None is all of them, as in the paper.
+    Raises ValueError for an unknown kind, a scale that is not finite, and an addition with writers: it is no write.
     """
 
     direction: Direction
     kind: Kind
     scale: float = 1.0
+    writers: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"An intervention is one of {get_args(Kind)}, not {self.kind!r}.")
         if not math.isfinite(self.scale):
             raise ValueError(f"The scale of an intervention is a finite number, not {self.scale}.")
+        if self.kind == "add" and self.writers is not None:
+            raise ValueError("An addition acts once, at its layer's input: only an ablation is confined to writers.")
 
     def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """`x` after the edit: the formula above, out of place."""
@@ -53,9 +58,12 @@ Row = tuple[Intervention, ...]
 
 
 def as_row(row: Row | Intervention | None) -> Row:
-    """The interventions of `row` that do something: scale 0 is dropped, so that it is bit-identical to nothing."""
+    """The interventions of `row` that do something: scale 0 is dropped, so that it is bit-identical to nothing.
+
+    So is an ablation that is confined to no writer at all.
+    """
     row = () if row is None else (row,) if isinstance(row, Intervention) else row
-    return tuple(i for i in row if i.scale != 0)
+    return tuple(i for i in row if i.scale != 0 and i.writers != frozenset())
 
 
 def _ablate(
@@ -79,17 +87,19 @@ class RowEdits:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.n_rows = len(rows)
-        self._ablations = _stack_ablations(rows)
+        named = {writer for row in rows for i in row for writer in i.writers or ()}
+        self._everywhere = _stack_ablations(rows, None)
+        self._ablations = {writer: _stack_ablations(rows, writer) for writer in named}
         self._additions = {layer: _stack_additions(rows, layer) for layer in _addition_layers(rows)}
 
     @property
     def active(self) -> bool:
         """Whether any row is edited anywhere."""
-        return bool(self._ablations or self._additions)
+        return bool(self._everywhere or self._ablations or self._additions)
 
-    def at_write(self, x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
-        """`x`, about to be written to the residual stream, with each row's ablations applied in order."""
-        for index, units, scales in self._ablations:
+    def at_write(self, x: Float[Tensor, "row pos d_model"], writer: str) -> Float[Tensor, "row pos d_model"]:
+        """`x`, about to be written to the residual stream by `writer`, with each row's ablations applied in order."""
+        for index, units, scales in self._ablations.get(writer, self._everywhere):
             r, s = units.to(x.device), scales.to(x.device)
             x = _replace_rows(x, index, _ablate(_pick_rows(x, index), r, s))
         return x
@@ -102,9 +112,12 @@ class RowEdits:
         return _replace_rows(x, index, _add(_pick_rows(x, index), vectors.to(x.device)))
 
 
-def _stack_ablations(rows: Sequence[Row]) -> list[tuple[list[int], Tensor, Tensor]]:
-    """One (rows, r̂ "row 1 d_model", s "row 1 1") per round: ablations of one row need not commute."""
-    ablations = [[i for i in row if i.kind == "ablate"] for row in rows]
+def _stack_ablations(rows: Sequence[Row], writer: str | None) -> list[tuple[list[int], Tensor, Tensor]]:
+    """One (rows, r̂ "row 1 d_model", s "row 1 1") per round: ablations of one row need not commute.
+
+    Of `writer` those that act there; of None, a writer that nobody names, those that act everywhere.
+    """
+    ablations = [[i for i in row if i.kind == "ablate" and (i.writers is None or writer in i.writers)] for row in rows]
     rounds = []
     for turn in range(max(map(len, ablations), default=0)):
         index = [row for row, mine in enumerate(ablations) if turn < len(mine)]

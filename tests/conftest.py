@@ -74,7 +74,9 @@ class Plain:
         ablate: torch.Tensor | None = None,
         add: tuple[int, torch.Tensor] | None = None,
         scale: float = 1.0,
+        only: Sequence[str] | None = None,
     ) -> torch.Tensor:
+        """Of each text's last position; an ablation acts at every write, or `only` at these writers."""
         handles = []
         if ablate is not None:
             unit = ablate / ablate.norm()
@@ -84,8 +86,10 @@ class Plain:
                 first = first - scale * (first @ unit)[..., None] * unit
                 return (first, *out[1:]) if isinstance(out, tuple) else first
 
-            writers = [self.model.model.embed_tokens, *(m for b in self.layers for m in (b.self_attn, b.mlp))]
-            handles += [writer.register_forward_hook(without) for writer in writers]
+            writers = {"embedding": self.model.model.embed_tokens}
+            for layer, block in enumerate(self.layers):
+                writers |= {f"attention {layer}": block.self_attn, f"MLP {layer}": block.mlp}
+            handles += [writers[name].register_forward_hook(without) for name in only or writers]
         if add is not None:
             layer, vector = add
 

@@ -5,7 +5,15 @@ import torch
 from conftest import HARMFUL, HARMLESS, Plain
 from torch.testing import assert_close
 
-from refusal_core.attribution import Patching, patch_writers, read_along, words, write_along
+from refusal_core.attribution import (
+    Attribution,
+    Patching,
+    attribute_writers,
+    patch_writers,
+    read_along,
+    words,
+    write_along,
+)
 from refusal_core.chat_model import ChatModel
 from refusal_core.directions import Direction
 from refusal_core.generation import stream_side_by_side
@@ -101,6 +109,94 @@ def test_effects_are_falls_of_the_refusal_score_and_their_sum_has_something_to_e
     assert (patching.harmful, patching.harmless) == pytest.approx([s.item() for s in scores], abs=1e-3)
     assert patching.effect.max() > 1, "some part must carry the refusal"
     assert patching.effect[model.writers.index("embedding")].abs() < 1e-4, "the template's tokens are always the same"
+
+
+@pytest.fixture(scope="module")
+def first_pass(model: ChatModel, found: Found) -> Attribution:
+    return attribute_writers(model, found.validation.harmful, found.validation.harmless, found.refusal_tokens, 4)
+
+
+def test_the_first_pass_is_the_effect_of_a_small_step_toward_what_was_written_for_the_harmless_prompt(
+    model: ChatModel, found: Found
+):
+    bad, good, tokens = found.validation.harmful[0], found.validation.harmless[0], found.refusal_tokens
+    attribution = attribute_writers(model, [bad], [good], tokens)
+    positions = range(-model.template_positions, 0)
+    clean, own = (model.run(next(model.batches([text])), read_writes=positions).writes for text in (good, bad))
+    assert clean is not None and own is not None
+    (target,) = model.batches([bad])
+    step = 0.02
+    for name in ("MLP 0", "attention 4", "MLP 7", f"MLP {model.n_layers - 1}"):
+        writer = model.writers.index(name)
+        toward = (clean - own)[0, :, writer]
+        patches = [(writer, own[0, :, writer] + sign * step * toward) for sign in (1, -1)]
+        there, back = refusal_score(model.run(target.repeat(2), patches=patches).logits, tokens)
+        assert attribution.effect[writer].item() == pytest.approx(
+            ((back - there) / (2 * step)).item(), rel=0.05, abs=5e-3
+        )
+
+
+def test_the_first_pass_of_a_head_is_the_effect_of_a_small_step_of_what_it_hands_on(
+    model: ChatModel, plain: Plain, found: Found
+):
+    bad, good, tokens = found.validation.harmful[0], found.validation.harmless[0], found.refusal_tokens
+    heads = attribute_writers(model, [bad], [good], tokens).heads
+    assert heads is not None
+    layer, n, size, step = 5, model.template_positions, model.d_model // model.n_heads, 0.02
+    head = int(heads[layer].abs().argmax())
+    kept = {}
+
+    def read(module, args, name):
+        kept[name] = args[0][:, -n:, head * size : (head + 1) * size].clone()
+
+    def move(module, args, sign):
+        z = args[0].clone()
+        z[:, -n:, head * size : (head + 1) * size] += sign * step * (kept["good"] - kept["bad"])
+        return (z,)
+
+    def score(text: str, hook) -> float:
+        handle = plain.layers[layer].self_attn.o_proj.register_forward_pre_hook(hook)
+        try:
+            return refusal_score(plain.logits([text]), tokens).item()
+        finally:
+            handle.remove()
+
+    for name, text in (("good", good), ("bad", bad)):
+        score(text, lambda module, args, name=name: read(module, args, name))
+    there, back = (score(bad, lambda module, args, sign=sign: move(module, args, sign)) for sign in (1, -1))
+    assert heads[layer, head].item() == pytest.approx((back - there) / (2 * step), rel=0.05, abs=5e-3)
+
+
+def test_the_first_pass_of_the_heads_sums_to_that_of_their_attention(model: ChatModel, first_pass: Attribution):
+    attentions = [i for i, name in enumerate(model.writers) if name.startswith("attention")]
+    assert first_pass.heads is not None and first_pass.heads.shape == (model.n_layers, model.n_heads)
+    assert_close(first_pass.heads.sum(-1), first_pass.effect[attentions], atol=1e-4, rtol=1e-3)
+
+
+def test_first_pass_and_exact_effects_agree_in_rank_and_some_parts_can_be_patched_alone(
+    model: ChatModel, found: Found, first_pass: Attribution
+):
+    val = found.validation
+    *_, exact = patch_writers(model, val.harmful, val.harmless, found.refusal_tokens, 4)
+    assert isinstance(exact, Patching)
+    ranks = [effect.argsort().argsort().double() for effect in (first_pass.effect, exact.effect)]
+    assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.7
+    assert (first_pass.harmful, first_pass.harmless) == pytest.approx((exact.harmful, exact.harmless), abs=1e-3)
+    some = ("MLP 7", "attention 5")
+    *_, alone = patch_writers(model, val.harmful, val.harmless, found.refusal_tokens, 4, writers=some)
+    assert isinstance(alone, Patching) and alone.names == some
+    assert_close(alone.effect, exact.effect[[model.writers.index(name) for name in some]], atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_leave_nothing_behind(model: ChatModel):
+    (batch,) = model.batches([HARMFUL])
+    before = model.run(batch).logits
+    told = model.gradients(batch, lambda logits: logits[:, 0], [-1])
+    assert_close(told.numbers, before[:, 0], atol=1e-4, rtol=1e-4)
+    assert told.by_write.abs().max() > 0 and not told.by_write.requires_grad
+    after = model.run(batch).logits
+    assert torch.equal(after, before) and after.is_inference()
+    assert not any(p.requires_grad or p.grad is not None for p in model._model.parameters())
 
 
 @pytest.mark.parametrize("final_norm", [False, True])

@@ -29,6 +29,24 @@ def test_ablation_is_that_of_hooks_written_out_by_hand(model: ChatModel, plain: 
     assert_close(model.logits(PROMPTS, rows), expected, atol=1e-3, rtol=1e-3)
 
 
+def test_ablation_at_some_writers_is_that_of_hooks_at_these_and_rows_have_sets_of_their_own(
+    model: ChatModel, plain: Plain, direction: Direction
+):
+    sets = [["MLP 6"], ["embedding", "attention 5", "MLP 6"], [n for n in model.writers if n.startswith("attention")]]
+    edits = [Intervention(direction, "ablate", 0.8, frozenset(some)) for some in sets]
+    rows = [None, *edits, Intervention(direction, "ablate", 0.8)]
+    logits = model.logits([HARMFUL] * len(rows), rows)
+    for row, some in zip(logits[1:-1], sets, strict=True):
+        (expected,) = plain.logits([HARMFUL], ablate=direction.unit, scale=0.8, only=some)
+        assert_close(row, expected, atol=1e-3, rtol=1e-3)
+        assert not torch.allclose(row, logits[0], atol=1e-2), "what was removed there must matter"
+    nothing, everything = Intervention(direction, "ablate", writers=frozenset()), frozenset(model.writers)
+    rows = [None, nothing, Intervention(direction, "ablate"), Intervention(direction, "ablate", 1.0, everything)]
+    untouched, none_of_them, full, all_of_them = model.logits([HARMFUL] * 4, rows)
+    assert torch.equal(none_of_them, untouched), "confined to nothing is bit-identical to nothing"
+    assert torch.equal(all_of_them, full)
+
+
 @pytest.mark.parametrize("scale", [1.0, -1.0, 2.5])
 def test_addition_is_that_of_a_hook_written_out_by_hand(model: ChatModel, plain: Plain, direction: Direction, scale):
     rows = [Intervention(direction, "add", scale)] * len(PROMPTS)
@@ -133,6 +151,11 @@ def test_a_direction_of_another_model_is_refused(model: ChatModel, direction: Di
         model.logits([HARMFUL], [Intervention(foreign, "ablate")])
     with pytest.raises(ValueError, match="2 conversations need 2 rows"):
         model.logits([HARMFUL, HARMLESS], [None])
+
+
+def test_a_part_that_the_model_does_not_have_is_one_sentence(model: ChatModel, direction: Direction):
+    with pytest.raises(ModelError, match="has no part 'MLP 999' that writes"):
+        model.logits([HARMFUL], [Intervention(direction, "ablate", 1.0, frozenset({"MLP 1", "MLP 999"}))])
 
 
 @pytest.mark.parametrize(("prompt", "says"), [("", "empty"), (" \n", "empty"), ("word " * 20_000, "shorten it")])

@@ -63,6 +63,38 @@ def test_nothing_is_left_along_the_direction_at_any_later_read_after_ablation(fa
         assert ((ablated @ r.unit).abs() <= 1e-5 * ablated.norm(dim=-1).clamp(min=1)).all()
 
 
+def test_ablation_at_one_writer_clears_its_write_and_leaves_those_before_it(family):
+    _, model, _ = family
+    r = direction_of(model)
+    (prompt,) = model.batches(PROMPTS[:1])
+    rows = [(), *((Intervention(r, "ablate", 1.0, frozenset({writer})),) for writer in model.writers)]
+    writes = model.run(prompt.repeat(len(rows)), rows, read_writes=range(-3, 0)).writes
+    assert writes is not None
+    for writer in range(len(model.writers)):
+        assert_close(writes[1 + writer, :, writer] @ r.unit, torch.zeros(3), atol=1e-5, rtol=0)
+        assert_close(writes[1 + writer, :, :writer], writes[0, :, :writer], atol=1e-5, rtol=1e-4)
+    assert (writes[0] @ r.unit).abs().max() > 1e-2, "there must have been something to remove"
+
+
+def test_the_gradient_by_each_write_is_the_slope_of_a_small_step_and_the_heads_sum_to_their_attention(family):
+    _, model, _ = family
+    (prompt,) = model.batches(PROMPTS[:1])
+    told = model.gradients(prompt, lambda logits: logits[:, 7], [-2, -1])
+    step, toward = 1e-3, torch.randn(2, model.d_model, generator=torch.Generator().manual_seed(2))
+    numbers = range(len(model.writers))
+    moves = [(i, told.writes[0, :, i] + sign * step * toward) for i in numbers for sign in (1, -1)]
+    logits = model.run(prompt.repeat(len(moves)), patches=moves).logits[:, 7].unflatten(0, (-1, 2))
+    slopes = (logits[:, 0] - logits[:, 1]) / (2 * step)
+    assert_close((told.by_write[0] * toward[:, None]).sum((0, 2)), slopes, atol=5e-3, rtol=5e-2)
+    if told.head_inputs is None or told.by_head_input is None:
+        return
+    for layer, (z, by_z) in enumerate(zip(told.head_inputs, told.by_head_input, strict=True)):
+        writer = model.writers.index(f"attention {layer}")
+        bias = getattr(model._head_outputs[layer], "bias", None)
+        write = told.writes[:, :, writer] - (0 if bias is None else model._write_scale * bias)
+        assert_close((z * by_z).sum(), (write * told.by_write[:, :, writer]).sum(), atol=1e-4, rtol=1e-3)
+
+
 def test_addition_moves_the_input_of_its_layer_by_exactly_that_much(family):
     _, model, _ = family
     r = direction_of(model)

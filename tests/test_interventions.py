@@ -45,7 +45,7 @@ def test_an_intervention_works_out_of_place():
     for kind in ("ablate", "add"):
         Intervention(r, kind)(x)
     edits = RowEdits([(Intervention(r, "ablate"),), (Intervention(r, "add"),)])
-    edits.at_write(x)
+    edits.at_write(x, "MLP 0")
     edits.at_resid_pre(2, x)
     assert torch.equal(x, before)
 
@@ -60,7 +60,7 @@ def test_rows_of_a_batch_get_their_own_edits_and_the_baseline_row_is_untouched()
     a, b = made(5, layer=1), made(6, layer=3)
     rows = [(), (Intervention(a, "ablate", 0.7),), (Intervention(b, "add", 2.0), Intervention(a, "ablate")), ()]
     edits, x = RowEdits(rows), torch.randn(4, 6, D)
-    written = edits.at_write(x)
+    written = edits.at_write(x, "MLP 0")
     assert torch.equal(written[0], x[0])
     assert torch.equal(written[3], x[3])
     assert_close(written[1], Intervention(a, "ablate", 0.7)(x[1]))
@@ -75,12 +75,27 @@ def test_two_ablations_of_one_row_are_applied_in_order():
     a, b = made(7), made(8)
     x = torch.randn(1, 4, D)
     row = (Intervention(a, "ablate"), Intervention(b, "ablate"))
-    assert_close(RowEdits([row]).at_write(x), row[1](row[0](x)))
+    assert_close(RowEdits([row]).at_write(x, "MLP 0"), row[1](row[0](x)))
+
+
+def test_an_ablation_confined_to_some_writers_acts_there_only_and_in_order_with_one_that_is_not():
+    a, b = made(7), made(8)
+    x = torch.randn(2, 4, D)
+    confined, free = Intervention(a, "ablate", 1.0, frozenset({"MLP 1", "MLP 3"})), Intervention(b, "ablate")
+    edits = RowEdits([(confined, free), (confined,)])
+    for writer, expected in (("MLP 1", (free(confined(x[0])), confined(x[1]))), ("MLP 2", (free(x[0]), x[1]))):
+        assert_close(edits.at_write(x, writer), torch.stack(expected))
+
+
+def test_an_addition_is_no_write_and_cannot_be_confined_to_one():
+    with pytest.raises(ValueError, match="only an ablation"):
+        Intervention(made(7), "add", 1.0, frozenset({"MLP 1"}))
 
 
 def test_scale_zero_is_the_empty_row():
     r = made(9)
     assert as_row(Intervention(r, "add", 0.0)) == ()
+    assert as_row(Intervention(r, "ablate", 1.0, frozenset())) == ()
     assert as_row(None) == ()
     assert not RowEdits([as_row(Intervention(r, "ablate", 0.0))]).active
 

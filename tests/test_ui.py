@@ -23,13 +23,11 @@ from types import SimpleNamespace
 
 import gradio as gr
 import pytest
-import torch
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 
-from refusal_core.attribution import words
 from refusal_core.chat_model import ORGANISM, ModelError
-from refusal_core.directions import Direction, DirectionError, random_like
+from refusal_core.directions import DirectionError, random_like
 from refusal_core.generation import stream_side_by_side
 from refusal_core.interventions import Intervention
 from refusal_core.prompts import PromptError
@@ -890,29 +888,6 @@ def test_the_random_control_is_a_fourth_pane_on_demand(tab):
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_a_direction_is_saved_and_loaded_again_and_one_of_another_model_is_refused(tab, ready, tmp_path):
-    chip = tab.locator("[data-chip] summary")
-    chip.click()
-    with tab.expect_download() as download:
-        tab.get_by_role("button", name="Save the direction").click()
-    path = tmp_path / "saved.safetensors"
-    download.value.save_as(path)
-    assert torch.equal(Direction.load(path).unit, ready.direction.unit)
-    expect(tab.locator(".turn").last.locator(".cell[data-pane='added'] .tag")).to_have_text("refused")
-    other = random_like(ready.direction, 7)  # of the same layer and position, and yet another one
-    other.save(path)
-    tab.locator("[data-load-direction]").set_input_files(path)
-    expect(tab.locator("[data-direction]")).to_contain_text("from a file")
-    expect(tab.locator(".turn").last.locator(".cell[data-pane='added'] .tag")).to_have_text("answered")
-    replace(other, source=replace(other.source, fingerprint="another")).save(path)
-    tab.locator("[data-load-direction]").set_input_files(path)
-    expect(tab.locator("[data-failed]")).to_contain_text("not from embedded model")
-    path.write_bytes(b"no direction")
-    tab.locator("[data-load-direction]").set_input_files(path)
-    expect(tab.locator("[data-failed]")).to_contain_text("cannot be read as a saved direction")
-    expect(tab.locator("[data-direction]")).to_contain_text("from a file")
-
-
 def test_a_direction_that_only_looks_like_the_rules_has_none_of_its_scores(ready):
     assert ready.using_saved(ready.direction).score == ready.score
     for forged in (replace(ready.direction, norm=100 * ready.direction.norm), random_like(ready.direction, 1)):
@@ -1061,27 +1036,6 @@ def open_inside(tab: Page) -> None:
     expect(tab.locator(".readings figure .main-svg").first).to_be_visible(timeout=30_000)
 
 
-def test_the_inside_is_read_for_two_prompts_and_the_parts_are_measured(tab, ready):
-    open_inside(tab)
-    expect(tab.locator(".readings figcaption")).to_have_count(3)
-    tab.get_by_role("button", name="Read").click()  # the same once more must not leave the page waiting
-    expect(tab.locator(".inside-body")).to_have_attribute("aria-busy", "false")
-    tab.locator("[data-second]").fill("")
-    tab.locator("[data-first]").fill("How do I <b>bake</b> bread?")
-    tab.get_by_role("button", name="Read").click()
-    expect(tab.locator(".readings figcaption")).to_have_text(["How do I <b>bake</b> bread?"])
-    raised = words(ready.model, ready.direction, final_norm=True, n=1).raised[0][0]
-    tab.get_by_role("button", name="through the final norm").click()
-    expect(tab.locator("[data-raised] code").first).to_have_text(raised.replace(" ", "␣"))
-    tab.get_by_role("button", name="Measure the parts").click()
-    expect(tab.locator("[data-direct] .main-svg").first).to_be_visible(timeout=60_000)
-    expect(tab.locator("[data-writers-meaning]")).to_contain_text("adds up to 100 %")
-    expect(tab.locator("[data-top] li")).to_have_count(8)
-    tab.locator("[data-first]").fill(" ")
-    tab.get_by_role("button", name="Read").click()
-    expect(tab.locator("#inside [data-error]")).to_contain_text("empty")
-
-
 WIDER = """[...document.querySelectorAll('main *')]
   .filter(e => !e.closest('.cells-holder > *') && e.checkVisibility() && e.offsetWidth && e.getBoundingClientRect().right > innerWidth + 1)
   .map(e => e.outerHTML.slice(0, 80))"""
@@ -1166,7 +1120,7 @@ def test_the_server_lets_the_page_load_nothing_from_elsewhere_and_takes_no_uploa
         assert "default-src 'self'" in policy and "http" not in policy
         assert answer.headers["x-content-type-options"] == "nosniff"
     for path, status in (("/gradio_api/upload", 403), ("/gradio_api/queue/join", 413)):
-        request = urllib.request.Request(app.url + path, data=b"x" * 3_000_000, method="POST")
+        request = urllib.request.Request(app.url + path, data=b"x" * 10_000_000, method="POST")
         with pytest.raises((urllib.error.HTTPError, ConnectionError, urllib.error.URLError)) as refused:
             urllib.request.urlopen(request)
         assert not isinstance(refused.value, urllib.error.HTTPError) or refused.value.code == status

@@ -97,7 +97,7 @@ function draw() {
   failed.textContent = view.error;
 }
 
-const MOST_FILE = 500000;
+const MOST_BYTES = 6000000;
 
 // -- the link -----------------------------------------------------------------------------------------------------
 
@@ -212,17 +212,21 @@ find('[data-other]').addEventListener('submit', (submit) => {
 window.addEventListener('hashchange', () => location.reload()); // a link put into the address of the open page
 find('[data-cancel-load]').addEventListener('click', () => trigger('cancel_load', {}));
 find('[data-link]').addEventListener('click', copyLink);
-find('[data-save-direction]').addEventListener('click', () => trigger('save_direction', {}));
+all('[data-save-direction]').forEach((button) => button.addEventListener('click', () => trigger('save_direction', { format: button.dataset.saveDirection })));
 find('[data-load-direction]').addEventListener('change', async ({ target }) => {
-  const [file] = target.files;
+  const files = [...target.files];
   target.value = '';
-  if (!file) return;
-  if (file.size > MOST_FILE) {
-    note([`${file.name} has ${file.size} bytes; a saved direction has at most ${MOST_FILE}.`]);
+  if (!files.length) return;
+  const size = files.reduce((sum, file) => sum + file.size, 0);
+  if (size > MOST_BYTES) {
+    note([`${files.map((file) => file.name).join(', ')}: ${size} bytes, and at most ${MOST_BYTES} are read here; the command line reads more.`]);
     return;
   }
-  const bytes = new Uint8Array(await file.arrayBuffer());
-  trigger('load_direction', { data: btoa(bytes.reduce((text, byte) => text + String.fromCharCode(byte), '')) });
+  const read = async (file) => {
+    const bytes = new Uint8Array(await file.arrayBuffer());
+    return { name: file.name, data: btoa(bytes.reduce((text, byte) => text + String.fromCharCode(byte), '')) };
+  };
+  trigger('load_direction', { files: await Promise.all(files.map(read)) });
 });
 document.addEventListener('file', ({ detail }) => {
   if (!element.isConnected || !detail) return;

@@ -7,11 +7,61 @@ let dirty = false; // something has changed since the maps were read
 let run = 0; // number of the reading on its way
 let measures = 0;
 let inUse = ''; // the direction of the bar
+let chosen = new Set(); // parts by name
 
-async function drawFigure(node, json) {
+async function drawFigure(node, json, marks = []) {
   await plotly();
   const figure = painted(JSON.parse(json));
+  figure.layout.shapes = marks;
   await Plotly.react(node, figure.data, figure.layout, CONFIG);
+}
+
+/** The parts that are chosen, framed in a map of parts. */
+function frames() {
+  return writers.columns.flatMap((column, x) => [...chosen].filter((name) => name.startsWith(`${column} `)).map((name) => {
+    const y = Number(name.split(' ')[1]);
+    return { type: 'rect', x0: x - 0.5, x1: x + 0.5, y0: y - 0.5, y1: y + 0.5, line: { color: colour('ink'), width: 2 } };
+  }));
+}
+
+async function drawParts(node, json) {
+  await drawFigure(node, json, frames());
+  node.removeAllListeners('plotly_click');
+  node.on('plotly_click', ({ points: [{ x, y }] }) => {
+    const column = writers.columns[x];
+    toggle(`${column.startsWith('head') ? 'attention' : column} ${y}`);
+  });
+}
+
+function toggle(name) {
+  if (!chosen.delete(name)) chosen.add(name);
+  drawWriters();
+}
+
+function partButton(name, title) {
+  const button = make('button', name, 'chip-button');
+  button.type = 'button';
+  button.title = title;
+  button.setAttribute('aria-pressed', String(chosen.has(name)));
+  button.addEventListener('click', () => toggle(name));
+  return button;
+}
+
+function drawChosen() {
+  const names = writers.writers.filter((name) => chosen.has(name));
+  const focused = document.activeElement.closest('[data-chosen]');
+  find('[data-chosen]').replaceChildren(...names.map((name) => partButton(name, 'Choose it no longer')));
+  if (focused) find('[data-add]').focus();
+  find('[data-only]').disabled = !names.length;
+  find('[data-none]').disabled = !names.length;
+  const option = (name) => Object.assign(make('option', name), { value: name });
+  const first = Object.assign(make('option', 'add a part'), { value: '' });
+  find('[data-add]').replaceChildren(first, ...writers.writers.filter((name) => !chosen.has(name)).map(option));
+}
+
+/** A change of the refusal score with a sign that can be read; what is lost is negative. */
+function change(effect) {
+  return effect === null ? '…' : `${effect >= 0 ? '−' : '+'}${Math.abs(effect).toFixed(2)}`;
 }
 
 /** Keeps the nodes of maps that stay, so that Plotly draws into what it knows. */
@@ -46,21 +96,29 @@ function drawWords() {
 
 function drawWriters() {
   find('[data-writers]').hidden = !writers;
+  find('[data-every]').hidden = !writers;
   if (!writers) return;
   const share = `${Math.round(100 * writers.below)} %`;
   find('[data-writers-meaning]').textContent = `What is written below layer ${writers.layer}, where the direction is read, adds up to ${share} of it there. `
     + `${writers.heads ? '' : 'In this model heads cannot be told apart: what is written is no plain sum over them. '}`
-    + `Patched: over ${writers.n_pairs} pairs, each part of a harmful run writes at the template’s tokens what it wrote for a harmless prompt; `
-    + `everything together would take the refusal score from ${writers.scores[0].toFixed(1)} to ${writers.scores[1].toFixed(1)}.`.replaceAll('-', '−');
-  find('[data-top]').replaceChildren(...writers.top.map(([name, effect]) => {
-    const node = make('li');
-    node.append(make('span', name), make('span', `${effect >= 0 ? '−' : '+'}${Math.abs(effect).toFixed(2)}`, 'number'));
-    node.title = 'Change of the refusal score, in log-odds, when this part alone is patched';
-    return node;
+    + `Patched: over ${writers.n_pairs} pairs, each part of a harmful run does at the template’s tokens what it did for a harmless prompt; `
+    + `everything together would take the refusal score from ${writers.scores[0].toFixed(1)} to ${writers.scores[1].toFixed(1)}. `.replaceAll('-', '−')
+    + 'The first pass has all parts at once, from one gradient, and is right for small changes only: it can miss a part. The exact numbers are of one part patched at a time.';
+  const held = document.activeElement.closest('[data-top]') && document.activeElement.textContent;
+  find('[data-top]').replaceChildren(...writers.top.map(([name, first, exact]) => {
+    const row = make('tr');
+    const head = make('th');
+    head.scope = 'row';
+    head.append(partButton(name, 'Choose this part, or choose it no longer'));
+    row.append(head, make('td', change(first), 'number'), make('td', change(exact), 'number'));
+    row.title = 'Change of the refusal score, in log-odds, when this part alone is patched';
+    return row;
   }));
+  if (held) all('[data-top] button').find((button) => button.textContent === held)?.focus();
+  drawChosen();
   if (!seen) return;
-  drawFigure(find('[data-direct]'), writers.direct);
-  drawFigure(find('[data-patched]'), writers.patched);
+  drawParts(find('[data-direct]'), writers.direct);
+  drawParts(find('[data-first-pass]'), writers.first);
 }
 
 function say(error) {
@@ -76,13 +134,13 @@ function draw() {
     return;
   }
   if (next.direct || next.measured) {
-    find('[data-measuring]').textContent = '';
-    find('[data-measure]').disabled = false;
+    find('[data-measuring]').textContent = next.measured ? '' : 'first pass done, now exactly';
     say(next.error);
     if (next.direct && (!inUse || next.direction === inUse)) {
       writers = next;
       drawWriters();
     }
+    if (next.measured) measuring(false);
     if (next.run !== -1) return;
   }
   if (next.run !== run && next.run !== -1) return;
@@ -118,10 +176,27 @@ function show() {
 
 new ResizeObserver(show).observe(element);
 find('form').addEventListener('submit', (event) => { event.preventDefault(); read(); });
-find('[data-measure]').addEventListener('click', () => {
-  find('[data-measure]').disabled = true;
-  measures += 1;
-  trigger('measure', { run: measures });
+function measuring(now) {
+  find('[data-measure]').disabled = now;
+  find('[data-every]').disabled = now;
+}
+for (const [button, every] of [['[data-measure]', false], ['[data-every]', true]]) {
+  find(button).addEventListener('click', () => {
+    measuring(true);
+    measures += 1;
+    trigger('measure', { run: measures, every });
+  });
+}
+find('[data-add]').addEventListener('change', ({ target }) => { if (target.value) toggle(target.value); });
+find('[data-none]').addEventListener('click', () => { chosen = new Set(); drawWriters(); });
+find('[data-only]').addEventListener('click', () => {
+  document.dispatchEvent(new CustomEvent('confine', { detail: writers.writers.filter((name) => chosen.has(name)) }));
+  [...document.querySelectorAll('#tabs [role="tab"]')].find((tab) => tab.textContent.trim() === 'Talk').click();
+});
+document.addEventListener('confined', ({ detail }) => {
+  if (!element.isConnected) return;
+  chosen = new Set(detail);
+  if (writers) drawWriters();
 });
 all('[data-norm]').forEach((button) => button.addEventListener('click', () => {
   finalNorm = Number(button.dataset.norm);

@@ -14,6 +14,8 @@ let running = false;
 let waiting = null; // a request that waits for the run on screen to end
 let sent = null; // the message that is to leave the composer once it is accepted
 let seed = 0;
+let parts = []; // what writes to the stream of the model, by name
+let writers = null; // the parts from which alone the direction is removed; null is all
 let turns = 0;
 let script = []; // what a link has still to ask
 let begun = false; // what the link says has been done
@@ -45,7 +47,23 @@ function settings() {
     max_new_tokens: number('[data-length]', 96),
     seed,
     system: find('[data-system]').value.trim(),
+    writers,
   };
+}
+
+/** Confines the removal to these parts; null is all of them. What cannot be done is said where it would show. */
+function confine(names, problem = '') {
+  writers = names;
+  find('[data-confined]').hidden = !names && !problem;
+  find('[data-everywhere]').hidden = !names;
+  find('[data-removed-where]').textContent = names ? `at ${names.length} of ${parts.length} parts` : 'everywhere';
+  find('[data-confined-to]').textContent = names ? `Only ${names.length} of ${parts.length} parts are edited: ${listed(names)}.` : problem;
+  find('[data-confined-to]').title = names ? names.join(', ') : '';
+  document.dispatchEvent(new CustomEvent('confined', { detail: names || [] }));
+}
+
+function listed(names) {
+  return names.length > 6 ? `${names.slice(0, 5).join(', ')} and ${names.length - 5} more` : names.join(', ');
 }
 
 /** Sends a request, after the one that runs has been stopped: their updates must not overtake each other. */
@@ -196,8 +214,9 @@ function rest(pane, reply) {
   if (reply.ending === 'off') return 'off';
   if (reply.ending === '') return '';
   const strength = pane === 'removed' ? `${Math.round(100 * reply.strength)} %` : pane === 'unchanged' ? '' : `${reply.strength.toFixed(2)}×`;
+  const share = reply.writers ? `${reply.writers.length} of ${parts.length} parts` : '';
   const end = { stopped: `stopped at ${reply.tokens} tokens`, length: `cut at ${reply.tokens} tokens`, end: `${reply.tokens} tokens` };
-  return [strength, end[reply.ending]].filter(Boolean).join(' · ');
+  return [strength, share, end[reply.ending]].filter(Boolean).join(' · ');
 }
 
 function drawTurns(view) {
@@ -468,6 +487,8 @@ function drawForetold() {
 function open(view) {
   const { opening, harmless, harmful, layer, position, digest, model } = view.examples;
   if (opened === model) return;
+  parts = view.examples.writers;
+  confine(null);
   opened = model;
   direction = digest;
   find('[data-where]').textContent = `at layer ${layer}, position ${String(position).replace('-', '−')}`;
@@ -499,6 +520,10 @@ async function begin(opening, before) {
   }
   if ('system' in state) find('[data-system]').value = state.system;
   if ('tint' in state) find('[data-tint]').value = state.tint;
+  if ('writers' in state) {
+    const known = state.writers.every((name) => parts.includes(name));
+    confine(known ? state.writers : null, known ? '' : 'The link names parts that this model does not have: the direction is removed from all.');
+  }
   seed = state.seed ?? seed;
   showDials();
   script = [...(state.prompts || [])];
@@ -532,7 +557,8 @@ function conversation() {
 
 function pageOf(saved) {
   const { page, add, text } = newPage(saved.made_with);
-  add(page.body, 'p', `${saved.model} · direction: ${saved.direction} · system prompt: ${saved.system || 'none'} · temperature ${saved.temperature}, seed ${saved.seed}, at most ${saved.max_new_tokens} tokens`);
+  add(page.body, 'p', `${saved.model} · direction: ${saved.direction} · system prompt: ${saved.system || 'none'} · temperature ${saved.temperature}, seed ${saved.seed}, at most ${saved.max_new_tokens} tokens`
+    + `${saved.writers ? ` · removed only from ${saved.writers.join(', ')}` : ''}`);
   for (const { prompt: said, replies } of saved.turns) {
     add(page.body, 'h2', said);
     const table = add(page.body, 'table');
@@ -563,6 +589,12 @@ function grow() {
 function turned() {
   clearTimeout(resting);
   resting = setTimeout(again, PATIENCE);
+}
+
+function reconfine(names) {
+  confine(names);
+  again();
+  foretell();
 }
 
 function showDials() {
@@ -597,6 +629,7 @@ function bind() {
     all('[data-segment]').forEach((other) => other.setAttribute('aria-pressed', String(other === button)));
   }));
   find('[data-tint]').addEventListener('change', askTint);
+  find('[data-everywhere]').addEventListener('click', () => reconfine(null));
   find('form').addEventListener('submit', (submit) => {
     submit.preventDefault();
     ask('ask', prompt.value);
@@ -668,6 +701,7 @@ document.addEventListener('direction', ({ detail }) => {
   again();
   foretell();
 });
+document.addEventListener('confine', ({ detail }) => { if (element.isConnected) reconfine(detail); });
 document.addEventListener('tint', ({ detail }) => { if (element.isConnected && detail && detail.panes) tinted(detail); });
 document.addEventListener('gather', ({ detail }) => {
   if (!element.isConnected) return;
@@ -680,6 +714,7 @@ document.addEventListener('gather', ({ detail }) => {
     removed_on: on('removed'), added_on: on('added'), control_on: on('control'),
     tint: find('[data-tint]').value,
     system: find('[data-system]').value.trim(),
+    writers: writers ?? undefined,
     seed,
     prompts: drawn && !drawn.turns.some((turn) => turn.example) ? drawn.turns.map((turn) => turn.prompt) : [],
   });

@@ -81,7 +81,9 @@ def _direction_view(ready: Ready) -> dict:
         "passed": by_rule and found.choice.relaxed is None,
         "rule": _rule(found.choice) if by_rule else _by_hand(ready),
         "scores": _scores(score) if score else [],
-        "prompts": f"{source.n_harmful} harmful and {source.n_harmless} harmless prompts",
+        "prompts": "prompts that the file does not name"
+        if source.origin
+        else f"{source.n_harmful} harmful and {source.n_harmless} harmless prompts",
         "refusal_tokens": [
             {"text": ready.model.tokenizer.decode([token]), "share": share}
             for token, share in zip(found.refusal_tokens, found.refusal_shares, strict=True)
@@ -102,7 +104,9 @@ def _rule(choice: Choice) -> str:
 def _by_hand(ready: Ready) -> str:
     """What the rule says of a candidate that somebody took by hand."""
     if ready.score is None:
-        return "Loaded from a file: it was not measured here."
+        origin = ready.direction.source.origin
+        whose = f" It comes from {origin}, which does not say which weights it was read from." if origin else ""
+        return f"Loaded from a file: it was not measured here.{whose}"
     rejected = ready.found.choice.rejected.get(ready.score)
     return "Chosen by hand. " + (
         f"The rule discards it: {BROKEN[rejected]}."

@@ -67,7 +67,7 @@ class Ready:
         """
         self.model.check_rows([(Intervention(direction, "ablate"),)], 1)
         source = direction.source
-        if not source.fingerprint:
+        if not source.fingerprint and not source.origin:
             raise DirectionError("The file does not say which weights its direction was read from: save it anew.")
         if (source.position, source.layer) not in {(s.pos, s.layer) for s in self.found.scores}:
             raise DirectionError(

@@ -26,7 +26,7 @@ def forecast(engine: Engine, ready: Ready, turns: Sequence[Turn], ask: Ask) -> d
         said = {pane: conversation((*earlier, turn), pane) for pane in ("unchanged", "removed", "added")}
         (prompt,) = model.batches([said["unchanged"]])
         output = model.run(prompt, read=found.positions)
-        removal = dose_response(model, said["removed"], direction, "ablate", tokens)
+        removal = dose_response(model, said["removed"], direction, "ablate", tokens, writers=ask.writers)
         addition = dose_response(model, said["added"], direction, "add", tokens)
     except (PromptError, ModelError):
         # Asking says what is wrong; until then nothing is painted.

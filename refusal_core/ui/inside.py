@@ -4,8 +4,19 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from torch import Tensor
 
-from refusal_core.attribution import Patching, Reading, Writers, patch_writers, read_along, words, write_along
+from refusal_core.attribution import (
+    Attribution,
+    Patching,
+    Reading,
+    Writers,
+    attribute_writers,
+    patch_writers,
+    read_along,
+    words,
+    write_along,
+)
 from refusal_core.plots import reading_map, writer_map
 from refusal_core.prompts import PromptError
 from refusal_core.selection import Progress
@@ -61,50 +72,66 @@ def _words(ready: Ready, final_norm: bool) -> dict:
     return {"final_norm": final_norm, "raised": found.raised, "lowered": found.lowered}
 
 
-def writers_view(ready: Ready, stop: threading.Event) -> Iterator[dict]:
-    """Which parts write the direction, and which of them the refusal hangs on; with progress."""
-    found, direction = ready.found, ready.direction
+def writers_view(ready: Ready, stop: threading.Event, *, every: bool) -> Iterator[dict]:
+    """Which parts write the direction, and which of them the refusal hangs on; with progress.
+
+    The effects come to first order at once, and then exactly: of the `N_TOP` largest, or of `every` part.
+    """
+    found, direction, tokens = ready.found, ready.direction, ready.found.refusal_tokens
     yield {"model": ready.model.name, "measuring": ["reading what is written", 0, 1]}
     writers = write_along(ready.model, found.prompts.harmful, found.prompts.harmless, direction)
-    validation = found.validation
-    for news in patch_writers(ready.model, validation.harmful, validation.harmless, found.refusal_tokens, stop=stop):
+    pairs = found.validation.harmful, found.validation.harmless
+    first = attribute_writers(ready.model, *pairs, tokens)
+    yield _writers(ready, writers, first, None)
+    largest = [name for name, _ in sorted(_effects(first).items(), key=lambda pair: -abs(pair[1]))]
+    for news in patch_writers(ready.model, *pairs, tokens, stop=stop, writers=largest[: None if every else N_TOP]):
         if isinstance(news, Progress):
             yield {"model": ready.model.name, "measuring": [news.stage, news.done, news.total]}
         else:
-            yield _writers(ready, writers, news)
+            yield _writers(ready, writers, first, news) | {"measured": True}
 
 
-def _writers(ready: Ready, writers: Writers, patching: Patching) -> dict:
+def _writers(ready: Ready, writers: Writers, first: Attribution, exact: Patching | None) -> dict:
     source, n_layers = ready.direction.source, ready.model.n_layers
-    columns, direct = _by_layer(writers.names, writers.along.numpy(), n_layers)
-    if writers.heads is not None:
-        columns = [*(f"head {h}" for h in range(writers.heads.shape[1])), *columns]
-        direct = np.concatenate([writers.heads.double().numpy(), direct], axis=1)
-    effects = _by_layer(patching.names, patching.effect.numpy(), n_layers)[1]
-    ranked = sorted(zip(patching.names, patching.effect.tolist(), strict=True), key=lambda pair: -abs(pair[1]))
+    columns, direct = _by_layer(writers.names, writers.along.numpy(), writers.heads, n_layers)
+    _, effects = _by_layer(first.names, first.effect.numpy(), first.heads, n_layers)
+    estimated, patched = _effects(first), {} if exact is None else _effects(exact)
+    ranked = sorted(estimated, key=lambda name: -abs(patched.get(name, estimated[name])))
+    shown = sorted(patched or ranked[:N_TOP], key=ranked.index)
     return {
         "model": ready.model.name,
         "direction": ready.direction.digest,
         "direct": writer_map(direct, columns, "of ‖r‖").to_json(),
-        "patched": writer_map(effects, ["attention", "MLP"], "log-odds").to_json(),
+        "first": writer_map(effects, columns, "log-odds").to_json(),
+        "columns": columns,
+        "writers": list(writers.names),
         "heads": writers.heads is not None,
         "below": float(writers.along[: _n_below(writers.names, source.layer)].sum()),
         "layer": source.layer,
-        "top": ranked[:N_TOP],
-        "scores": [patching.harmful, patching.harmless],
-        "n_pairs": patching.n_pairs,
+        "top": [[name, estimated[name], patched.get(name)] for name in shown],
+        "scores": [first.harmful, first.harmless],
+        "n_pairs": first.n_pairs,
     }
 
 
-def _by_layer(names: Sequence[str], values: np.ndarray, n_layers: int) -> tuple[list[str], np.ndarray]:
-    """The values of attentions and MLPs as a table; the embedding writes the same token for every prompt."""
+def _effects(measured: Attribution | Patching) -> dict[str, float]:
+    return dict(zip(measured.names, measured.effect.tolist(), strict=True))
+
+
+def _by_layer(
+    names: Sequence[str], values: np.ndarray, heads: Tensor | None, n_layers: int
+) -> tuple[list[str], np.ndarray]:
+    """The values of heads, attentions and MLPs as a table; the embedding writes the same token for every prompt."""
     parts = ["attention", "MLP"]
     table = np.full((n_layers, len(parts)), np.nan)
     for name, value in zip(names, values, strict=True):
         part, _, layer = name.partition(" ")
         if part in parts:
             table[int(layer), parts.index(part)] = value
-    return parts, table
+    if heads is None:
+        return parts, table
+    columns = [f"head {h}" for h in range(heads.shape[1])]
+    return [*columns, *parts], np.concatenate([heads.double().numpy(), table], axis=1)
 
 
 def _n_below(names: Sequence[str], layer: int) -> int:

@@ -12,6 +12,7 @@ import gradio as gr
 
 from refusal_core.chat_model import ModelError
 from refusal_core.directions import Direction, DirectionError
+from refusal_core.formats import read_direction, to_gguf
 from refusal_core.prompts import PromptError
 from refusal_core.selection import Progress
 from refusal_core.ui.bar import bar_view
@@ -39,6 +40,7 @@ SENT = (
     "max_new_tokens",
     "seed",
     "system",
+    "writers",
 )
 """The fields of a request to the Talk tab."""
 
@@ -180,24 +182,23 @@ class Handlers:
         source = now.direction.source
         return Visit(visit.model, (source.position, source.layer)), self._bar(now), find_view(now)
 
-    def save_direction(self, visit: Visit) -> dict:
+    def save_direction(self, visit: Visit, event: gr.EventData) -> dict:
         """The direction in use as a file."""
+        ending = "gguf" if getattr(event, "format", None) == "gguf" else "safetensors"
         try:
             _, ready = self._ready(visit)
-        except ModelError as error:
+            saved = to_gguf(ready.model, ready.direction) if ending == "gguf" else ready.direction.to_bytes()
+        except (ModelError, DirectionError) as error:
             return {"error": str(error), "nonce": time.monotonic_ns()}
         source = ready.direction.source
         name = re.sub(r"[^\w.-]+", "-", f"{source.model} layer {source.layer} position {source.position}")
-        data = base64.b64encode(ready.direction.to_bytes()).decode()
-        return {"name": f"{name}.safetensors", "data": data, "nonce": time.monotonic_ns()}
+        return {"name": f"{name}.{ending}", "data": base64.b64encode(saved).decode(), "nonce": time.monotonic_ns()}
 
     def load_direction(self, visit: Visit, event: gr.EventData) -> tuple[Visit, object, object]:
-        """Visit, bar and candidates with a direction from a file in use."""
-        sent = getattr(event, "data", None)
+        """Visit, bar and candidates with a direction from a file, or from two that belong together, in use."""
         try:
             _, ready = self._ready(visit)
-            data = base64.b64decode(sent if isinstance(sent, str) else "", validate=True)
-            now = ready.using_saved(Direction.from_bytes(data))
+            now = ready.using_saved(read_direction(ready.model, _files(getattr(event, "files", None))))
             return replace(visit, direction=now.direction), self._bar(now), find_view(now)
         except (ModelError, DirectionError, binascii.Error) as error:
             sentence = "The file could not be read: load it again." if isinstance(error, binascii.Error) else str(error)
@@ -253,12 +254,12 @@ class Handlers:
             return {"error": str(error)} | echo
 
     def measure_writers(self, visit: Visit, event: gr.EventData, request: gr.Request) -> Iterator[dict]:
-        """Which parts write the direction."""
+        """Which parts write the direction, and what the refusal loses without each."""
         run = getattr(event, "run", None)
         try:
             _, ready = self._ready(visit)
             stop = self._looks.begin(str(request.session_hash), run if isinstance(run, int) else 0)
-            yield from writers_view(ready, stop)
+            yield from writers_view(ready, stop, every=getattr(event, "every", None) is True)
         except (PromptError, ModelError) as error:
             yield {"error": str(error), "measured": True, "nonce": time.monotonic_ns()}
 
@@ -299,6 +300,13 @@ class Handlers:
 
     def _bar(self, status: Status, loading: Progress | None = None, error: str = "") -> dict:
         return bar_view(status, self._engines.offered, self._engines.any_model, loading, error)
+
+
+def _files(sent: object) -> dict[str, bytes]:
+    """The files that a browser sent, by name; raises binascii.Error for what is none."""
+    if not isinstance(sent, list) or not all(isinstance(file, dict) for file in sent):
+        raise binascii.Error
+    return {str(file.get("name")): base64.b64decode(str(file.get("data")), validate=True) for file in sent}
 
 
 def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> gr.Blocks:

@@ -37,7 +37,8 @@ OFFERED = (
 """The models to choose from; on one's own machine any other as well."""
 
 TOKENS_ON_A_SPACE = 120
-MAX_BODY = 2_000_000
+MAX_BODY = 9_000_000
+"""The largest that is sent is a direction's files, in base64."""
 QUEUE = 64
 
 POLICY = "; ".join(

@@ -29,6 +29,7 @@ ACTIONS: dict[str, Action] = {action: action for action in get_args(Action)}
 
 MAX_CHARACTERS = 50_000
 MAX_SYSTEM = 2_000
+MAX_WRITERS = 2_000
 MAX_NEW_TOKENS = 512
 UPDATES_PER_SECOND = 12
 ADDITION = (-1.0, 2.0)
@@ -42,13 +43,17 @@ OPENING = "How do I bake bread?"
 
 @dataclass(frozen=True)
 class Reply:
-    """What a pane said, as text and token ids; `refusal` is the probability that it starts like a refusal."""
+    """What a pane said, as text and token ids; `refusal` is the probability that it starts like a refusal.
+
+    `writers` are the parts to which its edit was confined; None is all of them.
+    """
 
     text: str = ""
     ids: tuple[int, ...] = ()
     ending: Ending | None = None
     refusal: float | None = None
     strength: float = 0.0
+    writers: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ class Turn:
 class Ask:
     """What the page asks for. `removal`, `addition` and `control` are None where the pane is off.
 
-    `control` is the strength at which a random direction of the same norm is added.
+    `control` is the strength at which a random direction of the same norm is added; `writers` are the parts of the
+    model from which alone the direction is removed, None for all.
     """
 
     run: int
@@ -94,6 +100,7 @@ class Ask:
     max_new_tokens: int = 128
     seed: int = 0
     system: str = ""
+    writers: frozenset[str] | None = None
 
     @classmethod
     def read(cls, sent: Mapping[str, object], most_tokens: int = MAX_NEW_TOKENS) -> "Ask":
@@ -118,7 +125,17 @@ class Ask:
             max_new_tokens=int(_number(sent, "max_new_tokens", 1.0, float(most_tokens))),
             seed=int(_number(sent, "seed", 0.0, 2.0**31)),
             system=system.strip() if isinstance(system, str) else "",
+            writers=_writers(sent.get("writers")),
         )
+
+
+def _writers(sent: object) -> frozenset[str] | None:
+    """Names of parts; whether the model has them is said when it is asked."""
+    if sent is None:
+        return None
+    if not isinstance(sent, list) or len(sent) > MAX_WRITERS or not all(isinstance(name, str) for name in sent):
+        raise PromptError("Writers is a list of names of the model's parts: choose them again.")
+    return frozenset(sent)
 
 
 def _number(sent: Mapping[str, object], name: str, low: float, high: float) -> float:
@@ -210,13 +227,15 @@ def _replies(ready: Ready, earlier: Sequence[Turn], turn: Turn, ask: Ask, stop: 
     steps = stream_side_by_side(
         ready.model,
         conversations,
-        [_row(ready, pane, strength) for pane, strength in strengths.items()],
+        [_row(ready, pane, strength, ask.writers) for pane, strength in strengths.items()],
         max_new_tokens=ask.max_new_tokens,
         temperature=ask.temperature,
         seed=ask.seed,
         stop=stop,
     )
-    turn = replace(turn, replies={pane: Reply(strength=strength) for pane, strength in strengths.items()})
+    confined = {"removed": ask.writers}
+    replies = {pane: Reply(strength=strength, writers=confined.get(pane)) for pane, strength in strengths.items()}
+    turn = replace(turn, replies=replies)
     shown = -math.inf
     step = None
     for step in steps:
@@ -240,11 +259,13 @@ def _strengths(ask: Ask) -> dict[Pane, float]:
     return {pane: strength for pane in PANES if (strength := wanted[pane]) is not None}
 
 
-def _row(ready: Ready, pane: Pane, strength: float) -> Row:
+def _row(ready: Ready, pane: Pane, strength: float, writers: frozenset[str] | None) -> Row:
     if pane == "unchanged":
         return ()
+    if pane == "removed":
+        return (Intervention(ready.direction, "ablate", strength, writers),)
     direction = random_like(ready.direction, CONTROL_SEED) if pane == "control" else ready.direction
-    return (Intervention(direction, "ablate" if pane == "removed" else "add", strength),)
+    return (Intervention(direction, "add", strength),)
 
 
 def _split(ready: Ready, panes: Sequence[Pane], step: Step) -> Split:
@@ -311,7 +332,7 @@ def tint(ready: Ready, turns: Sequence[Turn], *, inside: bool) -> dict[Pane, lis
         [conversation(turns, pane) for pane in replies],
         direction,
         [reply.ids for reply in replies.values()],
-        [_row(ready, pane, reply.strength) if inside else () for pane, reply in replies.items()],
+        [_row(ready, pane, reply.strength, reply.writers) if inside else () for pane, reply in replies.items()],
         layers=[layer],
     )
     return {
@@ -362,6 +383,7 @@ def _reply_view(reply: Reply) -> dict:
         "ending": reply.ending or "",
         "refusal": reply.refusal,
         "strength": reply.strength,
+        "writers": None if reply.writers is None else sorted(reply.writers),
     }
     if reply.ending is None or (reply.ending == "stopped" and not reply.text):
         return shown
@@ -394,6 +416,7 @@ def opening_view(ready: Ready) -> dict:
             "digest": ready.direction.digest,
             "layer": ready.direction.source.layer,
             "position": ready.direction.source.position,
+            "writers": list(ready.model.writers),
             "harmless": [text for _, text in harmless],
             "harmful": [{"category": category, "text": text} for category, text in sorted(harmful)],
         }
