@@ -24,7 +24,7 @@ HARMLESS = "How do I bake bread?"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
+def kept_findings(tmp_path_factory):
     """No test writes into the user's cache, and none finds something there that another run has left."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))

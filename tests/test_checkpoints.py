@@ -11,6 +11,7 @@ import torch
 from families import build
 from hub import Hub, Repo
 from huggingface_hub import constants
+from transformers import AutoModelForCausalLM
 
 from refusal_core.chat_model import ChatModel, ModelError
 
@@ -186,8 +187,6 @@ def test_a_config_without_architectures_loads(hub: Hub, tiny: Path, tmp_path):
 
 
 def test_weights_in_shards_are_fetched_by_their_index(hub: Hub, tiny: Path, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     folder = shutil.copytree(tiny, tmp_path / "repo")
     (folder / "model.safetensors").unlink()
     AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(folder, max_shard_size="200KB")

@@ -20,7 +20,7 @@ from refusal_core.findings import find_or_recall
 from refusal_core.geometry import LayerMap, pca_maps, umap_layout
 from refusal_core.interventions import Intervention
 from refusal_core.prompts import PromptError, PromptSet, load_prompts
-from refusal_core.selection import CandidateScore, Found, Progress, find_direction
+from refusal_core.selection import CandidateScore, Found, Progress
 
 EMBEDDED = "embedded model"
 MOST_LOADED = 3
@@ -161,8 +161,8 @@ class Engine:
             ready = self._status
             if not isinstance(ready, Ready) or all(is_known(s) for s in ready.found.scores):
                 return
-            train = load_prompts("train", self.prompts)
-            for news in find_direction(ready.model, train, complete=True, stop=self._closing):
+            train, val = load_prompts("train", self.prompts), load_prompts("val", self.prompts)
+            for news in find_or_recall(ready.model, train, val, complete=True, stop=self._closing):
                 if isinstance(news, Found):
                     self._say(replace(ready, found=replace(ready.found, scores=news.scores, choice=news.choice)))
                 else:
