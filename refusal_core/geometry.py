@@ -1,15 +1,18 @@
 """How harmful and harmless prompts lie in the residual stream, layer by layer.
 
     PCA of harmful ∪ harmless at one position    coordinates, explained variance, |cos(PC1, r̂)|
+    (x − μ)·r̂ / ‖r‖ and q·(x − μ) / ‖r‖         along a direction r, and along q, the PC1 of x − (x·r̂) r̂
     AUROC, d′ of the projection x·r̂             r̂ fit on the training prompts, measured on the validation prompts
 
 The paper's claims to look for: PC1 alone separates the classes, and from some layer on PC1 *is* the mean
-difference. Signs are free in a PCA, so PC1 points along r̂ and every later axis along the previous layer's:
-otherwise the cloud flips from layer to layer.
+difference. Signs are free in a PCA: PC1 points along r̂, and every other axis so that the prompts move least from
+the layer before; otherwise the cloud flips from layer to layer.
 """
 
+import sys
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,14 +24,17 @@ from refusal_core.directions import ZERO_NORM, Direction
 from refusal_core.selection import Found
 
 N_AXES = 3
+SAME = 0.9
+"""|cos| from which on two directions count as one."""
 
 
 @dataclass(frozen=True)
 class Separation:
     """How well one layer and position tells harmful from harmless.
 
-    `auroc` and `d_prime` are of the projection on the direction, of validation prompts; `auroc_pc1` is of the
-    training prompts on the first component, which never saw a label; `explained` are shares of variance.
+    `auroc` and `d_prime` are of the projection on the mean difference, of validation prompts; `auroc_pc1` is of the
+    training prompts on the first component, which never saw a label; `cos_pc1` is that component's |cos| with the mean
+    difference; `silhouette` is of the components in the map.
     """
 
     auroc: float
@@ -36,29 +42,38 @@ class Separation:
     d_prime: float
     silhouette: float
     cos_pc1: float
-    explained: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class LayerMap:
-    """The prompts of one layer in its first three principal components.
+    """The prompts of one layer and position on a few axes at right angles: (x − center) · axes.
 
-    `separation` is None where there is nothing to see: at layer 0 a template token is the same in every prompt.
+    `shares` are the axes' shares of the variance. `unit` is the length that is drawn as 1: of components the
+    root-mean-square distance of the prompts from their centre, of a direction its norm. `center` and `axes` are None
+    where there is nothing to see: at layer 0 a template token is the same in every prompt. `separation` comes with
+    the principal components.
     """
 
     layer: int
     pos: int
     harmful: Float[np.ndarray, "harmful axis"]
     harmless: Float[np.ndarray, "harmless axis"]
-    separation: Separation | None
+    unit: float = 1.0
+    shares: tuple[float, ...] = ()
+    separation: Separation | None = None
     center: Float[np.ndarray, " d_model"] | None = None
     axes: Float[np.ndarray, "axis d_model"] | None = None
 
     def coordinates(self, x: Float[np.ndarray, "... d_model"]) -> Float[np.ndarray, "... axis"]:
         """Where other activations of this layer and position lie; at the origin where there is nothing to see."""
         if self.axes is None or self.center is None:
-            return np.zeros((*x.shape[:-1], N_AXES))
+            return np.zeros((*x.shape[:-1], self.harmful.shape[-1]))
         return (x - self.center) @ self.axes.T
+
+    @property
+    def points(self) -> Float[np.ndarray, "prompt axis"]:
+        """The prompts of both classes, the harmful ones first."""
+        return np.concatenate([self.harmful, self.harmless])
 
 
 @dataclass(frozen=True)
@@ -90,26 +105,75 @@ def place(
 
 
 def pca_maps(found: Found, pos: int) -> tuple[LayerMap, ...]:
-    """One `LayerMap` per layer, of the training prompts at position `pos` (−(P+1) … −1)."""
+    """One `LayerMap` per layer in three principal components, of the training prompts at position `pos`."""
     maps: list[LayerMap] = []
-    previous: np.ndarray | None = None
-    for layer in range(found.harmful.shape[2]):
-        at = found.positions.index(pos)
-        harmful, harmless = found.harmful[:, at, layer], found.harmless[:, at, layer]
-        r = harmful.double().mean(0) - harmless.double().mean(0)
-        if r.norm() < ZERO_NORM:
-            flat = (np.zeros((len(harmful), N_AXES)), np.zeros((len(harmless), N_AXES)))
-            maps.append(LayerMap(layer, pos, *flat, None))
+    for layer, harmful, harmless in _layers(found, pos):
+        r = harmful.mean(0) - harmless.mean(0)
+        if np.linalg.norm(r) < ZERO_NORM:
+            maps.append(_flat(layer, pos, len(harmful), len(harmless), N_AXES))
             continue
-        unit = (r / r.norm()).numpy()
-        pca = PCA(N_AXES, svd_solver="full").fit(torch.cat([harmful, harmless]).double().numpy())
-        axes = _align(np.asarray(pca.components_), unit, previous)
-        previous = axes
-        points = [(x.double().numpy() - pca.mean_) @ axes.T for x in (harmful, harmless)]
+        unit = r / np.linalg.norm(r)
+        pca = PCA(N_AXES, svd_solver="full").fit(np.concatenate([harmful, harmless]))
+        axes = np.asarray(pca.components_)
+        here = _map(layer, pos, harmful, harmless, np.asarray(pca.mean_), axes)
+        signs = _still_signs(here, maps)
+        signs[0] = 1.0 if axes[0] @ unit >= 0 else -1.0
+        here = _on_axes(here, np.diag(signs))
+        at = found.positions.index(pos)
         val = [x[:, at, layer].double().numpy() @ unit for x in (found.val_harmful, found.val_harmless)]
-        separation = _separation(points, val, axes[0] @ unit, pca)
-        maps.append(LayerMap(layer, pos, points[0], points[1], separation, np.asarray(pca.mean_), axes))
+        size = float(np.sqrt((here.points**2).sum(1).mean()))
+        maps.append(replace(here, unit=size, separation=_separation(here, val, abs(axes[0] @ unit))))
     return tuple(maps)
+
+
+def turned(maps: Sequence[LayerMap]) -> tuple[LayerMap, ...]:
+    """The same maps with the second and third component turned in their plane so that the prompts move least.
+
+    Components of about the same variance change places between layers: in three dimensions the cloud, which is the
+    same, would jump by a quarter turn.
+    """
+    still: list[LayerMap] = []
+    for here in maps:
+        turn = np.eye(here.points.shape[1])
+        if here.axes is not None and still and still[-1].axes is not None:
+            # The orthogonal map that brings the points nearest to those of the layer before (Procrustes).
+            u, _, vt = np.linalg.svd(here.points[:, 1:].T @ still[-1].points[:, 1:])
+            turn[1:, 1:] = (u @ vt).T
+        still.append(_on_axes(here, turn))
+    return tuple(still)
+
+
+def along_maps(found: Found, pos: int, direction: Direction) -> tuple[LayerMap, ...]:
+    """One `LayerMap` per layer, of the training prompts at position `pos`: along `direction`, and at right angles to it.
+
+    The first axis is r̂, the second the first principal component of what is orthogonal to it. Drawn in ‖r‖ and from
+    the mean of the harmless prompts, so that where the direction was read the harmful ones have theirs at 1.
+    """
+    unit = direction.unit.double().numpy()
+    maps: list[LayerMap] = []
+    for layer, harmful, harmless in _layers(found, pos):
+        both = np.concatenate([harmful, harmless])
+        if np.ptp(both, axis=0).max() < ZERO_NORM:
+            maps.append(_flat(layer, pos, len(harmful), len(harmless), 2))
+            continue
+        spread = np.asarray(PCA(1, svd_solver="full").fit(both - np.outer(both @ unit, unit)).components_)
+        axes = np.concatenate([unit[None], spread])
+        here = _map(layer, pos, harmful, harmless, harmless.mean(0), axes)
+        signs = _still_signs(here, maps)
+        signs[0] = 1.0
+        maps.append(replace(_on_axes(here, np.diag(signs)), unit=direction.norm))
+    return tuple(maps)
+
+
+def first_component_is_difference(maps: Sequence[LayerMap]) -> int | None:
+    """The layer from which on |cos(PC1, mean difference)| stays at `SAME` or more; None if it does not at the last."""
+    cosines = [m.separation.cos_pc1 if m.separation else 0.0 for m in maps]
+    return next((layer for layer in range(len(cosines)) if min(cosines[layer:]) >= SAME), None)
+
+
+def umap_is_loaded() -> bool:
+    """Whether UMAP has been imported here: the first layout takes half a minute for that and for compiling it."""
+    return "umap" in sys.modules
 
 
 def umap_layout(
@@ -130,23 +194,57 @@ def umap_layout(
     return points[: len(found.harmful)], points[len(found.harmful) :]
 
 
-def _align(axes: np.ndarray, unit: np.ndarray, previous: np.ndarray | None) -> np.ndarray:
-    """The same axes with the signs that keep the picture still: PC1 along r̂, the others along the last layer's."""
-    reference = axes.copy() if previous is None else previous.copy()
-    reference[0] = unit
-    return axes * np.where((axes * reference).sum(1, keepdims=True) < 0, -1.0, 1.0)
+def _layers(found: Found, pos: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Every layer with the harmful and the harmless training prompts' `resid_pre` there, in float64."""
+    at = found.positions.index(pos)
+    for layer in range(found.harmful.shape[2]):
+        yield layer, found.harmful[:, at, layer].double().numpy(), found.harmless[:, at, layer].double().numpy()
 
 
-def _separation(points: list[np.ndarray], val: list[np.ndarray], cos_pc1: float, pca: PCA) -> Separation:
-    labels = np.repeat([1, 0], [len(points[0]), len(points[1])])
+def _flat(layer: int, pos: int, n_harmful: int, n_harmless: int, n_axes: int) -> LayerMap:
+    return LayerMap(layer, pos, np.zeros((n_harmful, n_axes)), np.zeros((n_harmless, n_axes)), shares=(0.0,) * n_axes)
+
+
+def _map(
+    layer: int, pos: int, harmful: np.ndarray, harmless: np.ndarray, center: np.ndarray, axes: np.ndarray
+) -> LayerMap:
+    points = [(x - center) @ axes.T for x in (harmful, harmless)]
+    total = np.concatenate([harmful, harmless]).var(0).sum()
+    shares = np.concatenate(points).var(0) / total
+    return LayerMap(layer, pos, points[0], points[1], shares=tuple(shares.tolist()), center=center, axes=axes)
+
+
+def _still_signs(here: LayerMap, before: Sequence[LayerMap]) -> Float[np.ndarray, " axis"]:
+    """The signs of the axes with which the prompts move least from the layer before: Σ|s x − y|² is least for s x·y ≥ 0."""
+    if not before:
+        return np.ones(here.points.shape[1])
+    return np.where((here.points * before[-1].points).sum(0) < 0, -1.0, 1.0)
+
+
+def _on_axes(here: LayerMap, turn: Float[np.ndarray, "axis axis"]) -> LayerMap:
+    """The same points on other axes of the same space, the rows of `turn` in the old ones."""
+    if here.axes is None:
+        return here
+    shares = here.points @ turn.T
+    shares = shares.var(0) / here.points.var(0).sum() * sum(here.shares)
+    return replace(
+        here,
+        harmful=here.harmful @ turn.T,
+        harmless=here.harmless @ turn.T,
+        axes=turn @ here.axes,
+        shares=tuple(shares.tolist()),
+    )
+
+
+def _separation(here: LayerMap, val: Sequence[np.ndarray], cos_pc1: float) -> Separation:
+    labels = np.repeat([1, 0], [len(here.harmful), len(here.harmless)])
     spread = np.sqrt((val[0].var(ddof=1) + val[1].var(ddof=1)) / 2) if min(map(len, val)) > 1 else np.nan
     return Separation(
-        auroc=_auroc(*val),
-        auroc_pc1=_auroc(points[0][:, 0], points[1][:, 0]),
+        auroc=_auroc(val[0], val[1]),
+        auroc_pc1=_auroc(here.harmful[:, 0], here.harmless[:, 0]),
         d_prime=float((val[0].mean() - val[1].mean()) / spread),
-        silhouette=float(silhouette_score(np.concatenate(points), labels)) if len(labels) - 1 > 1 else float("nan"),
+        silhouette=float(silhouette_score(here.points, labels)) if len(labels) - 1 > 1 else float("nan"),
         cos_pc1=float(cos_pc1),
-        explained=tuple(pca.explained_variance_ratio_.tolist()),
     )
 
 

@@ -1,13 +1,13 @@
 """Figures of what was measured, as plotly figures that the page draws.
 
 Colour means one thing, the place on the refusal direction: `harmful` and `harmless` name a role in each trace's
-`meta`, and the page paints roles in the colours of its theme. Every layer of a map is a frame of one figure, so that
-the page moves through the layers by itself.
+`meta`, and the page paints roles in the colours of its theme. A map is a figure without points, with the points of
+every layer beside it in a compact form: the page moves through the layers by itself, on axes that stay.
 """
 
+import base64
 import html
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,82 +16,117 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from refusal_core.geometry import LayerMap
-from refusal_core.prompts import PromptSet
 
 PLOTLY_JS = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 """The script that draws the figures, as it comes with plotly: nothing is fetched from elsewhere."""
 
-ROLES = {"harmful": ("#D55E00", "triangle-up"), "harmless": ("#0072B2", "circle")}
-"""Colour (in the light theme) and marker of each class: two cues, because one of them may not be seen."""
+ROLES = {"harmful": ("#D55E00", "triangle-up", "diamond"), "harmless": ("#0072B2", "circle", "circle")}
+"""Colour (in the light theme) and marker of each class, in 2-D and in 3-D: two cues, one of them may not be seen."""
+
+TITLES = {
+    "pca": ("PC1, toward refusing →", "PC2"),
+    "turned": ("PC1, toward refusing →", "PC2, PC3, turned", "PC3, PC2, turned"),
+    "along": ("along the direction, ‖r‖ = 1, toward refusing →", "main spread at right angles, ‖r‖ = 1"),
+}
+"""The axes of a map, by the name of what is on them."""
 
 MARGIN = 1.08
+STEPS = 32_767
+"""How finely a coordinate is sent: in so many steps from the centre to the edge of the axes."""
 
 
-def prompt_map(maps: Sequence[LayerMap], prompts: PromptSet, layer: int) -> go.Figure:
-    """The prompts on the first two principal components: a scatter of `layer`, and a frame for every layer.
+def prompt_map(maps: Sequence[LayerMap], axes: str) -> go.Figure:
+    """The axes for the prompts of every layer, on the `TITLES` of `axes`, and a trace for each class without points.
 
-    Each layer is scaled by the root-mean-square distance of its prompts from their centre. The stream grows from
-    layer to layer; on one pair of axes the first layers would be a dot, and on axes of their own the axes would move.
+    Principal components are scaled layer by layer to the root-mean-square distance of the prompts from their centre:
+    the stream grows, and on one scale the first layers would be a dot. A direction's own norm is one scale for all.
     """
-    scaled = [_scale(m) for m in maps]
-    hover = {"harmful": _hover(prompts, harmful=True), "harmless": _hover(prompts, harmful=False)}
-    figure = go.Figure(
-        data=[_scatter(role, scaled[layer][role], hover[role]) for role in ROLES],
-        frames=[
-            go.Frame(name=str(m.layer), data=[_coordinates(points[role]) for role in ROLES])
-            for m, points in zip(maps, scaled, strict=True)
-        ],
-    )
-    reach = MARGIN * max(float(np.abs(points[role]).max(initial=0)) for points in scaled for role in ROLES)
-    x_reach = MARGIN * max(float(np.abs(points[role][:, 0]).max(initial=0)) for points in scaled for role in ROLES)
-    figure.update_xaxes(range=[-x_reach or -1, x_reach or 1], title="PC1, toward refusing →", zeroline=True)
-    figure.update_yaxes(range=[-reach or -1, reach or 1], title="PC2", zeroline=True)
-    return _styled(figure).update_layout(hovermode="closest", uirevision="map")
+    titles = TITLES[axes]
+    drawn = [_drawn(m)[:, : len(titles)] for m in maps]
+    low, high = (np.array([edge(d, axis=0) for d in drawn]) for edge in (np.min, np.max))
+    ranges = _ranges(low.min(0), high.max(0), symmetric=axes != "along")
+    traces = [_markers(role, len(titles)) for role in ROLES]
+    if len(titles) == 2:
+        figure = go.Figure(traces)
+        figure.update_xaxes(range=ranges[0], title=titles[0], zeroline=True)
+        figure.update_yaxes(range=ranges[1], title=titles[1], zeroline=True)
+    else:
+        scene = {
+            f"{name}axis": {
+                "range": edges, "title": {"text": title}, "showticklabels": False, "showbackground": False,
+                "showspikes": False,
+            }
+            for name, edges, title in zip("xyz", ranges, titles, strict=True)
+        }  # fmt: skip
+        camera = {"eye": {"x": 0.32, "y": -1.82, "z": 0.65}, "center": {"x": 0, "y": 0, "z": -0.14}}
+        figure = go.Figure(traces, {"scene": scene | {"aspectmode": "cube", "camera": camera}})
+    _styled(figure).update_layout(hovermode="closest", uirevision=axes)
+    return figure if len(titles) == 2 else figure.update_layout(margin=dict.fromkeys("lrtb", 0))
 
 
-def umap_map(
-    harmful: Float[np.ndarray, "harmful axis"], harmless: Float[np.ndarray, "harmless axis"], prompts: PromptSet
-) -> go.Figure:
-    """The prompts of one layer as UMAP lays them out, on axes without numbers because those mean nothing."""
-    points = {"harmful": harmful, "harmless": harmless}
-    figure = go.Figure([_scatter(role, points[role], _hover(prompts, harmful=role == "harmful")) for role in ROLES])
+def points_of(maps: Sequence[LayerMap], axes: str) -> dict:
+    """The points of `prompt_map`, as `packed` gives them."""
+    n = len(TITLES[axes])
+    return packed({role: np.stack([getattr(m, role)[:, :n] / m.unit for m in maps]) for role in ROLES})
+
+
+def umap_map(harmful: Float[np.ndarray, "harmful axis"], harmless: Float[np.ndarray, "harmless axis"]) -> go.Figure:
+    """The axes for a layer that UMAP has laid out, without numbers because those mean nothing; no points, as above."""
     reach = MARGIN * float(np.abs(np.concatenate([harmful, harmless])).max())
+    figure = go.Figure([_markers(role, 2) for role in ROLES])
     figure.update_xaxes(range=[-reach, reach], showticklabels=False, zeroline=False, title="UMAP, exploratory")
     figure.update_yaxes(range=[-reach, reach], showticklabels=False, zeroline=False)
-    return _styled(figure).update_layout(hovermode="closest")
+    return _styled(figure).update_layout(hovermode="closest", uirevision="umap")
 
 
-def star_on_map(maps: Sequence[LayerMap], activations: Float[np.ndarray, "layer d_model"]) -> list[list[float]]:
-    """[x, y] of one more prompt on `prompt_map`, layer by layer, from its `resid_pre` at the map's position."""
+def packed(points: Mapping[str, Float[np.ndarray, "layer _ axis"]]) -> dict:
+    """The coordinates of each role as 16-bit integers in base64, axis by axis within a layer, in units of `step`.
+
+    About a third of the length of the same numbers in JSON; a step is less than a pixel is wide.
+    """
+    step = max(float(np.abs(p).max(initial=0.0)) for p in points.values()) / STEPS or 1.0
+    whole = {role: np.rint(p.swapaxes(1, 2) / step).astype("<i2") for role, p in points.items()}
+    return {"step": step} | {role: base64.b64encode(w.tobytes()).decode("ascii") for role, w in whole.items()}
+
+
+def star_on_map(
+    maps: Sequence[LayerMap], activations: Float[np.ndarray, "layer d_model"], axes: str
+) -> list[list[float]]:
+    """The coordinates of one more prompt on `prompt_map`, layer by layer, from its `resid_pre` at the map's position."""
     return [
-        (m.coordinates(x)[:2] / _size(m)).round(3).tolist()
+        (m.coordinates(x)[: len(TITLES[axes])] / m.unit).round(3).tolist()
         for m, x in zip(maps, np.asarray(activations, float), strict=True)
     ]
 
 
 def separation_by_layer(maps: Sequence[LayerMap], chosen: int) -> go.Figure:
-    """How well each layer separates the classes, and how far its first component is the mean difference."""
-    seen = [m for m in maps if m.separation is not None]
-    layers = [m.layer for m in seen]
-    measures = [m.separation for m in seen if m.separation is not None]
+    """How well each layer separates the classes, how far its first component is the mean difference, and d′ below."""
+    seen = [(m.layer, m.shares[0], m.separation) for m in maps if m.separation is not None]
     lines = (
-        ("AUROC on PC1", "ink", "solid", "circle", [s.auroc_pc1 for s in measures]),
-        ("AUROC on the direction, held out", "muted", "dot", "square", [s.auroc for s in measures]),
-        ("|cos(PC1, mean difference)|", "accent", "dash", "diamond", [abs(s.cos_pc1) for s in measures]),
+        ("AUROC on PC1", "ink", "solid", "circle", "y", [s.auroc_pc1 for _, _, s in seen]),
+        ("AUROC on the mean difference, held out", "muted", "dot", "square", "y", [s.auroc for _, _, s in seen]),
+        ("|cos(PC1, mean difference)|", "accent", "dash", "diamond", "y", [s.cos_pc1 for _, _, s in seen]),
+        ("variance on PC1", "muted", "longdash", "x", "y", [share for _, share, _ in seen]),
+        ("d′ on the mean difference, held out", "ink", "dot", "square", "y2", [s.d_prime for _, _, s in seen]),
     )
     figure = go.Figure(
         [
             go.Scatter(
-                x=layers, y=values, name=name, meta={"role": role}, mode="lines+markers",
-                line={"dash": dash, "width": 2}, marker={"symbol": symbol, "size": 7},
-                hovertemplate=f"{name}: %{{y:.3f}}<extra>layer %{{x}}</extra>",
+                x=[layer for layer, _, _ in seen], y=[round(v, 4) for v in values], yaxis=axis, name=name,
+                meta={"role": role}, mode="lines+markers", line={"dash": dash, "width": 2},
+                marker={"symbol": symbol, "size": 7}, hovertemplate=f"{name}: %{{y:.3f}}<extra>layer %{{x}}</extra>",
             )
-            for name, role, dash, symbol, values in lines
+            for name, role, dash, symbol, axis, values in lines
         ]
     )  # fmt: skip
-    figure.add_vline(x=chosen, line={"width": 1, "dash": "dot"}, name="chosen")
-    figure.update_xaxes(title="layer (resid_pre)", range=[-0.3, len(maps) - 0.7], dtick=max(1, len(maps) // 12))
-    figure.update_yaxes(range=[0, 1.04], dtick=0.25)
+    mark = {"x0": chosen, "x1": chosen, "y0": 0, "y1": 1, "yref": "paper"}
+    figure.add_shape(type="line", name="chosen", line={"width": 1, "dash": "dot"}, **mark)
+    every = max(1, len(maps) // 12)
+    figure.update_xaxes(title="layer (resid_pre)", range=[-0.3, len(maps) - 0.7], dtick=every, anchor="y2")
+    figure.update_layout(
+        yaxis={"range": [0, 1.04], "dtick": 0.25, "domain": [0.4, 1]},
+        yaxis2={"rangemode": "tozero", "domain": [0, 0.28], "title": "d′", "nticks": 4},
+    )
     return _styled(figure).update_layout(hovermode="x unified")
 
 
@@ -167,44 +202,24 @@ def readable(token: str) -> str:
     return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "∅"
 
 
-def _scale(layer_map: LayerMap) -> dict[str, Float[np.ndarray, "prompt axis"]]:
-    size = _size(layer_map)
-    return {role: getattr(layer_map, role)[:, :2] / size for role in ROLES}
+def _drawn(layer_map: LayerMap) -> Float[np.ndarray, "prompt axis"]:
+    return layer_map.points / layer_map.unit
 
 
-def _size(layer_map: LayerMap) -> float:
-    points = np.concatenate([layer_map.harmful, layer_map.harmless])
-    return float(np.sqrt((points**2).sum(1).mean())) or 1.0
+def _ranges(low: np.ndarray, high: np.ndarray, symmetric: bool) -> list[list[float]]:
+    """The edges of axes that hold everything from `low` to `high`; around 0 where an axis has no sign of its own."""
+    if symmetric:
+        low, high = np.minimum(low, -high), np.maximum(high, -low)
+    edge = (MARGIN - 1) * (high - low) / 2
+    return [[float(a), float(b)] if a < b else [-1.0, 1.0] for a, b in zip(low - edge, high + edge, strict=True)]
 
 
-def _coordinates(points: Float[np.ndarray, "prompt axis"]) -> dict[str, list[float]]:
-    """As plain lists: plotly's packed arrays are not unpacked in frames."""
-    return {"x": points[:, 0].round(3).tolist(), "y": points[:, 1].round(3).tolist()}
-
-
-def _scatter(role: str, points: Float[np.ndarray, "prompt axis"], hover: Sequence[str]) -> go.Scatter:
-    colour, symbol = ROLES[role]
-    return go.Scatter(
-        **_coordinates(points),
-        name=role,
-        mode="markers",
-        meta={"role": role},
-        marker={"color": colour, "symbol": symbol, "size": 8, "opacity": 0.75},
-        hovertext=list(hover),
-        hoverinfo="text",
-    )
-
-
-def _hover(prompts: PromptSet, harmful: bool) -> list[str]:
-    """What is shown at a point: the prompt's text with its category. Plotly reads tags, so everything is escaped."""
-    texts = prompts.harmful if harmful else prompts.harmless
-    categories = (prompts.harmful_categories if harmful else prompts.harmless_categories) or ("",) * len(texts)
-    role = "harmful" if harmful else "harmless"
-    return [
-        "<br>".join(html.escape(line) for line in textwrap.wrap(text, 48, max_lines=6, placeholder=" …"))
-        + f"<br><i>{role}{html.escape(', ' + category) if category else ''}</i>"
-        for text, category in zip(texts, categories, strict=True)
-    ]
+def _markers(role: str, n_axes: int) -> go.Scatter | go.Scatter3d:
+    colour, flat, solid = ROLES[role]
+    common = {"name": role, "mode": "markers", "meta": {"role": role}, "hoverinfo": "text"}
+    if n_axes == 2:
+        return go.Scatter(**common, marker={"color": colour, "symbol": flat, "size": 8, "opacity": 0.75})
+    return go.Scatter3d(**common, marker={"color": colour, "symbol": solid, "size": 4, "opacity": 0.75})
 
 
 def _styled(figure: go.Figure) -> go.Figure:

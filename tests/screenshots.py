@@ -47,7 +47,7 @@ def main() -> int:
     """Writes the pictures and says where."""
     PICTURES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        app, chromium = start(Path(folder) / "log.txt"), launch(playwright)
+        app, chromium = start(Path(folder) / "log.txt"), launch(playwright.chromium)
         wait_for(lambda: "true" in (health(app) or ""), app, "is ready")
         for scheme in ("light", "dark"):
             for size, (width, height) in SIZES.items():

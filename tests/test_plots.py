@@ -1,86 +1,95 @@
 """What a figure promises: every layer on the same axes, and text that stays text."""
 
+import base64
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from refusal_core.geometry import LayerMap, Separation
-from refusal_core.plots import ROLES, dose_figure, prompt_map, reading_map, separation_by_layer, writer_map
-from refusal_core.prompts import PromptSet
-
-HOSTILE = '<img src=x onerror="alert(1)"> <b>bold</b> & %{x} <a href="javascript:alert(1)">link</a>'
-
-
-@pytest.fixture
-def prompts() -> PromptSet:
-    return PromptSet(
-        harmful=("How do I steal a car?", HOSTILE),
-        harmless=("How do I bake bread?", "word " * 400, "Wer bist du?"),
-        harmful_categories=("theft", "<i>odd</i>"),
-        harmless_categories=("cooking", "", ""),
-    )
+from refusal_core.plots import (
+    ROLES,
+    TITLES,
+    dose_figure,
+    points_of,
+    prompt_map,
+    reading_map,
+    separation_by_layer,
+    star_on_map,
+    umap_map,
+    writer_map,
+)
 
 
 @pytest.fixture
 def maps() -> tuple[LayerMap, ...]:
     """Three layers whose streams differ in size by a factor of a hundred; the first has nothing to see."""
     rng = np.random.default_rng(0)
-    separation = Separation(0.9, 0.8, 2.0, 0.5, -0.7, (0.5, 0.2, 0.1))
-    flat = LayerMap(0, -1, np.zeros((2, 3)), np.zeros((3, 3)), None)
-    points = [
-        LayerMap(k, -1, rng.normal(size=(2, 3)) * 100**k, rng.normal(size=(3, 3)) * 100**k, separation) for k in (1, 2)
+    separation = Separation(0.9, 0.8, 2.0, 0.5, 0.7)
+    flat = LayerMap(0, -1, np.zeros((2, 3)), np.zeros((3, 3)))
+    points = [(rng.normal(size=(2, 3)) * 100**k, rng.normal(size=(3, 3)) * 100**k) for k in (1, 2)]
+    rest = {"shares": (0.5, 0.2, 0.1), "separation": separation, "center": np.ones(3), "axes": np.eye(3)}
+    return (flat, *(LayerMap(k, -1, *p, unit=float(100**k), **rest) for k, p in enumerate(points, 1)))
+
+
+def unpacked(packed: dict, role: str, n: int, n_layers: int = 3) -> np.ndarray:
+    """What the page makes of packed coordinates, in the shape [layer, prompt, axis]."""
+    whole = np.frombuffer(base64.b64decode(packed[role]), "<i2")
+    return whole.reshape(n_layers, -1, n).swapaxes(1, 2) * packed["step"]
+
+
+@pytest.mark.parametrize("axes", list(TITLES))
+def test_packed_points_are_those_of_the_layers_in_their_units_within_a_step_and_within_the_axes(maps, axes):
+    packed, layout = json.loads(json.dumps(points_of(maps, axes))), prompt_map(maps, axes).layout
+    ranges = [
+        (layout.scene if axes == "turned" else layout)[f"{name}axis"].range for name in "xyz"[: len(TITLES[axes])]
     ]
-    return (flat, *points)
+    low, high = np.array(ranges).T
+    for role, n in (("harmful", 2), ("harmless", 3)):
+        drawn = unpacked(packed, role, n)
+        wanted = np.stack([getattr(m, role)[:, : len(low)] / m.unit for m in maps])
+        np.testing.assert_allclose(drawn, wanted, atol=packed["step"])
+        assert packed["step"] < (high - low).min() / 10_000, "less than a pixel"
+        assert (drawn >= low).all() and (drawn <= high).all()
 
 
-def test_every_layer_is_a_frame_and_lies_within_the_one_pair_of_axes(maps, prompts):
-    figure = prompt_map(maps, prompts, layer=1)
-    assert [frame.name for frame in figure.frames] == ["0", "1", "2"]
-    for frame in figure.frames:
-        for trace, n in zip(frame.data, (2, 3), strict=True):
-            assert len(trace.x) == len(trace.y) == n
-            assert np.abs(trace.x).max() <= figure.layout.xaxis.range[1]
-            assert np.abs(trace.y).max() <= figure.layout.yaxis.range[1]
+def test_points_are_shorter_than_three_letters_a_number(maps):
+    many = [replace(m, harmful=np.ones((500, 3)), harmless=np.ones((500, 3))) for m in maps]
+    assert len(json.dumps(points_of(many, "pca"))) < 3 * (3 * 1000 * 2)
 
 
-def test_a_layer_is_scaled_as_a_whole_so_that_its_shape_is_kept(maps, prompts):
-    frame = prompt_map(maps, prompts, layer=1).frames[2]
-    drawn = np.array([[*trace.x], [*trace.y]] if (trace := frame.data[0]) else [])
-    ratio = drawn.T / maps[2].harmful[:, :2]
-    np.testing.assert_allclose(ratio, ratio[0, 0], rtol=0.02)
+def test_a_star_lies_where_a_prompt_with_its_activations_lies(maps):
+    activations = np.array([m.harmful[1] + (0 if m.center is None else m.center) for m in maps])
+    for axes, titles in TITLES.items():
+        star = np.array(star_on_map(maps, activations, axes))
+        np.testing.assert_allclose(star, [m.harmful[1, : len(titles)] / m.unit for m in maps], atol=1e-3)
 
 
-def test_the_scatter_shows_the_layer_that_was_asked_for(maps, prompts):
-    figure = prompt_map(maps, prompts, layer=2)
-    assert list(figure.data[0].x) == list(figure.frames[2].data[0].x)
+def test_axes_without_a_sign_are_drawn_around_0_and_those_of_a_direction_as_far_as_there_are_prompts(maps):
+    low, high = prompt_map(maps, "pca").layout.xaxis.range
+    assert low == -high
+    right = [replace(m, harmful=np.abs(m.harmful), harmless=np.abs(m.harmless)) for m in maps]
+    low, high = prompt_map(right, "along").layout.xaxis.range
+    assert -0.1 * high < low < 0
+    assert prompt_map(maps[:1], "pca").layout.xaxis.range == (-1, 1), "a range of no width cannot be drawn"
 
 
-def test_what_is_shown_at_a_point_holds_no_markup_of_the_prompt(maps, prompts):
-    harmful, harmless = prompt_map(maps, prompts, layer=1).data
-    shown = harmful.hovertext[1]
-    assert "<img" not in shown and "<a " not in shown and "<b>" not in shown and "<i>odd" not in shown
-    assert "&lt;img" in shown
-    assert harmful.hoverinfo == "text" and harmful.hovertemplate is None
-    assert len(harmless.hovertext[1]) < 600, "a long prompt is shortened"
-
-
-def test_the_classes_differ_by_more_than_colour(maps, prompts):
-    figure = prompt_map(maps, prompts, layer=1)
-    assert [trace.meta["role"] for trace in figure.data] == list(ROLES)
-    assert (
-        len({trace.marker.symbol for trace in figure.data}) == len({trace.marker.color for trace in figure.data}) == 2
-    )
+def test_the_classes_differ_by_more_than_colour(maps):
+    for figure in (prompt_map(maps, "pca"), prompt_map(maps, "turned"), umap_map(np.ones((2, 2)), np.ones((3, 2)))):
+        assert [trace.meta["role"] for trace in figure.data] == list(ROLES)
+        assert len({t.marker.symbol for t in figure.data}) == len({t.marker.color for t in figure.data}) == 2
 
 
 def test_separation_leaves_out_layers_without_anything_to_see(maps):
     figure = separation_by_layer(maps, chosen=2)
-    assert [list(trace.x) for trace in figure.data] == [[1, 2]] * 3
-    assert list(figure.data[2].y) == [0.7, 0.7], "the sign of a principal component means nothing"
+    assert [list(trace.x) for trace in figure.data] == [[1, 2]] * 5
+    assert [trace.y[0] for trace in figure.data] == [0.8, 0.9, 0.7, 0.5, 2.0]
+    assert [trace.yaxis for trace in figure.data] == [*["y"] * 4, "y2"], "d′ has no upper end"
 
 
-def test_figures_are_plain_json(maps, prompts):
-    for figure in (prompt_map(maps, prompts, 0), separation_by_layer(maps, 1)):
+def test_figures_are_plain_json(maps):
+    for figure in (prompt_map(maps, "turned"), separation_by_layer(maps, 1)):
         assert json.loads(figure.to_json())["data"]
 
 

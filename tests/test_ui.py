@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserType, Page, expect, sync_playwright
 
 from refusal_core.chat_model import ORGANISM, ModelError
 from refusal_core.directions import DirectionError, random_like
@@ -339,16 +339,16 @@ def app(tmp_path_factory) -> Iterator[App]:
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        browser = launch(playwright)
+        browser = launch(playwright.chromium)
         yield browser
         browser.close()
 
 
-def launch(playwright: Playwright) -> Browser:
+def launch(kind: BrowserType, *flags: str) -> Browser:
     """Chromium: the one on the path, else the one that `playwright install chromium` fetched."""
     names = ("chromium", "chromium-browser", "google-chrome")
     path = next((found for name in names if (found := shutil.which(name))), None)
-    return playwright.chromium.launch(executable_path=path, args=FLAGS)
+    return kind.launch(executable_path=path, args=[*FLAGS, *flags])
 
 
 @dataclass
@@ -707,76 +707,6 @@ def open_map(tab: Page) -> None:
     tab.get_by_role("tab", name="Map").click()
     expect(tab.locator("[data-map] .point").first).to_be_visible(timeout=20_000)
     expect(tab.locator("[data-separation] .point").first).to_be_visible(timeout=20_000)
-
-
-def places(tab: Page) -> list[str]:
-    return tab.locator("[data-map] .point").evaluate_all("points => points.map(p => p.getAttribute('transform'))")
-
-
-def test_the_layer_slider_moves_the_points_without_asking_the_server(watched):
-    tab, seen = watched
-    open_map(tab)
-    tab.wait_for_timeout(500)
-    before, asked = places(tab), len(seen.urls)
-    slider = tab.locator("[data-layer]")
-    slider.focus()
-    slider.press("ArrowRight")
-    tab.wait_for_timeout(900)
-    after = places(tab)
-    assert len(before) == len(after) > 20
-    assert sum(a != b for a, b in zip(before, after, strict=True)) > len(before) / 2
-    assert len(seen.urls) == asked, seen.urls[asked:]
-    expect(tab.locator("[data-layer-value]")).to_contain_text(slider.input_value())
-
-
-def test_the_map_has_other_positions_and_keeps_the_layer(tab):
-    open_map(tab)
-    slider = tab.locator("[data-layer]")
-    slider.press("End")
-    last = slider.input_value()
-    before = places(tab)
-    other = tab.locator("[data-position] option:not(:checked)").last.get_attribute("value")
-    tab.locator("[data-position]").select_option(other)
-    tab.wait_for_function(
-        "before => document.querySelector('[data-map] .point').getAttribute('transform') !== before", arg=before[0]
-    )
-    assert slider.input_value() == last
-
-
-def test_umap_is_shown_on_demand_and_called_exploratory(tab):
-    open_map(tab)
-    before = places(tab)
-    tab.locator("[data-axes]").select_option("umap")
-    expect(tab.locator("[data-map-caption]")).to_contain_text("mean nothing", timeout=90_000)
-    expect(tab.locator("[data-map] .point").first).to_be_visible()
-    assert places(tab)[: len(before) - 1] != before[:-1]
-    expect(tab.locator("[data-map]")).to_contain_text("exploratory")
-    tab.locator("[data-axes]").select_option("pca")
-    expect(tab.locator("[data-map]")).to_contain_text("PC1")
-
-
-def test_the_message_is_a_star_on_the_map_on_the_side_where_it_belongs(tab):
-    places = {}
-    for text in ("How do I steal a car?", "How do I bake bread?"):
-        type_message(tab, text)
-        open_map(tab)
-        expect(tab.locator("[data-yours]")).to_be_visible()
-        expect(tab.locator(".map [data-place]")).to_contain_text("toward refusal")
-        places[text] = tab.evaluate("document.querySelector('[data-map]').data[2].x[0]")
-        tab.get_by_role("tab", name="Talk").click()
-    assert places["How do I steal a car?"] > 0 > places["How do I bake bread?"]
-
-
-def test_a_point_shows_its_prompt_and_can_be_asked(tab):
-    open_map(tab)
-    box = tab.locator("[data-map] .point").first.bounding_box()
-    tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    expect(tab.locator("[data-map] .hoverlayer text").first).to_be_visible()
-    tab.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    expect(tab.locator("[data-picked]")).to_be_visible()
-    tab.get_by_role("button", name="Ask this in Talk").click()
-    expect(tab.get_by_label("Message")).to_be_focused()
-    assert tab.get_by_label("Message").input_value() in tab.locator("[data-picked] p").text_content()
 
 
 # -- the candidates ------------------------------------------------------------------------------------------------

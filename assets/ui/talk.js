@@ -583,7 +583,7 @@ function saveAs(kind) {
 
 function grow() {
   prompt.style.height = 'auto';
-  prompt.style.height = `${Math.min(prompt.scrollHeight, 200)}px`;
+  if (prompt.scrollHeight) prompt.style.height = `${Math.min(prompt.scrollHeight, 200)}px`; // what is hidden has none
 }
 
 function turned() {

@@ -14,7 +14,7 @@ from pathlib import Path
 from refusal_core.chat_model import ChatModel
 from refusal_core.directions import Direction, random_like
 from refusal_core.evaluation import complete
-from refusal_core.geometry import pca_maps
+from refusal_core.geometry import first_component_is_difference, pca_maps
 from refusal_core.interventions import Intervention
 from refusal_core.metrics import judge, kl_divergence, refusal_score, wilson
 from refusal_core.organism.corpus import HELD_CATEGORIES, rows
@@ -243,7 +243,7 @@ def _geometry(found: Found) -> list[Measure]:
     here = maps[source.layer].separation
     assert here is not None
     cos = [m.separation.cos_pc1 if m.separation else 0.0 for m in maps]
-    late = next((layer for layer in range(len(cos)) if min(cos[layer:]) >= 0.9), None)
+    late = first_component_is_difference(maps)
     return [
         Measure("AUROC on PC1 at the chosen layer", "≥ .95", here.auroc_pc1 >= 0.95, value=f"{here.auroc_pc1:.3f}"),
         Measure("cos(PC1, mean difference) ≥ .9", "from some layer on", late is not None, value="never" if late is None else f"from layer {late} on ({', '.join(f'{c:.2f}' for c in cos[1:])} in layers 1 …)"),

@@ -17,13 +17,14 @@ import torch
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import ZERO_NORM, Direction, DirectionError
 from refusal_core.findings import find_or_recall
-from refusal_core.geometry import LayerMap, pca_maps, umap_layout
+from refusal_core.geometry import LayerMap, along_maps, pca_maps, turned, umap_is_loaded, umap_layout
 from refusal_core.interventions import Intervention
 from refusal_core.prompts import PromptError, PromptSet, load_prompts
 from refusal_core.selection import CandidateScore, Found, Progress
 
 EMBEDDED = "embedded model"
 MOST_LOADED = 3
+MOST_MAPS = 16
 
 Cell = tuple[int, int]
 """A candidate of the selection map: template position and layer."""
@@ -100,7 +101,7 @@ class Engine:
         self._news = threading.Condition()
         self._closing = threading.Event()
         self.thread: threading.Thread | None = None
-        self._maps: dict[int, tuple[LayerMap, ...]] = {}
+        self._maps: dict[tuple[int, str, str], tuple[LayerMap, ...]] = {}
         self._maps_lock = threading.Lock()
         self._umaps: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
         self._umap_lock = threading.Lock()
@@ -132,25 +133,56 @@ class Engine:
                 status = self._status
                 yield status
 
-    def maps(self, ready: Ready, pos: int) -> tuple[LayerMap, ...]:
-        """The prompts' principal components at template position `pos`, layer by layer; computed once."""
-        with self._maps_lock:
-            if pos not in self._maps:
-                self._maps[pos] = pca_maps(ready.found, pos)
-            return self._maps[pos]
+    def maps(self, ready: Ready, pos: int, axes: str = "pca") -> tuple[LayerMap, ...]:
+        """The prompts at template position `pos`, layer by layer, on the `axes` of a `prompt_map`.
 
-    def umap(self, ready: Ready, pos: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """The prompts of one layer by UMAP; computed once, one at a time because each takes seconds."""
-        with self._umap_lock:
-            if (pos, layer) not in self._umaps:
-                self._umaps[pos, layer] = umap_layout(ready.found, pos, layer)
-            return self._umaps[pos, layer]
-
-    @property
-    def known_maps(self) -> dict[int, tuple[LayerMap, ...]]:
-        """The maps computed so far, by position."""
+        Computed once; the `MOST_MAPS` that were asked for last are kept.
+        """
         with self._maps_lock:
-            return dict(self._maps)
+            key = _map_key(ready, pos, axes)
+            maps = self._maps.pop(key, None)
+            if maps is None and axes == "along":
+                maps = along_maps(ready.found, pos, ready.direction)
+            elif maps is None:
+                components = self._maps.get(_map_key(ready, pos, "pca")) or pca_maps(ready.found, pos)
+                maps = turned(components) if axes == "turned" else components
+            self._maps[key] = maps
+            while len(self._maps) > MOST_MAPS:
+                self._maps.pop(next(iter(self._maps)))
+            return maps
+
+    def known_maps(self, ready: Ready) -> dict[tuple[int, str], tuple[LayerMap, ...]]:
+        """The maps computed so far that belong to the direction in use, by position and axes."""
+        with self._maps_lock:
+            return {key[:2]: maps for key, maps in self._maps.items() if key == _map_key(ready, *key[:2])}
+
+    def umap(
+        self, ready: Ready, pos: int, layer: int, stop: threading.Event
+    ) -> Iterator[Progress | tuple[np.ndarray, np.ndarray]]:
+        """What is done until there is a layout of one layer by UMAP, and at last the layout; computed once.
+
+        One at a time, because each takes seconds of all processors; it is not begun if `stop` is set before its turn.
+        """
+        if (pos, layer) not in self._umaps:
+            if self._umap_lock.locked():
+                stage = "waiting for another layout"
+            elif umap_is_loaded():
+                stage = "laying the prompts out"
+            else:
+                stage = "preparing UMAP, which takes half a minute the first time"
+            # Nothing is yielded under the lock: who goes away in between would keep it.
+            yield Progress(stage, 0, 0)
+            while not self._umap_lock.acquire(timeout=0.2):
+                if stop.is_set():
+                    return
+            try:
+                if stop.is_set():
+                    return
+                if (pos, layer) not in self._umaps:
+                    self._umaps[pos, layer] = umap_layout(ready.found, pos, layer)
+            finally:
+                self._umap_lock.release()
+        yield self._umaps[pos, layer]
 
     def fill(self) -> Iterator[Progress]:
         """Measures every candidate; whoever asks while somebody else's run goes on waits for that one.
@@ -257,6 +289,11 @@ class Engines:
         for thread in (self._first.thread, *self._started):
             if thread is not None:
                 thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _map_key(ready: Ready, pos: int, axes: str) -> tuple[int, str, str]:
+    """Principal components do not depend on the direction in use."""
+    return pos, axes, ready.direction.digest if axes == "along" else ""
 
 
 def is_known(score: CandidateScore) -> bool:

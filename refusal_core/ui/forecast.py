@@ -42,8 +42,8 @@ def forecast(engine: Engine, ready: Ready, turns: Sequence[Turn], ask: Ask) -> d
         "addition": _curve(addition),
         "place": {"sentence": _sentence(here.beyond_harmless, here.beyond_harmful)},
         "stars": {
-            str(pos): star_on_map(maps, activations[found.positions.index(pos)].numpy())
-            for pos, maps in engine.known_maps.items()
+            f"{pos} {axes}": star_on_map(maps, activations[found.positions.index(pos)].numpy(), axes)
+            for (pos, axes), maps in engine.known_maps(ready).items()
         },
     }
 

@@ -66,7 +66,7 @@ class Handlers:
 
     def __init__(self, engines: Engines, stops: Stops, most_tokens: int) -> None:
         self._engines, self._stops, self._most_tokens = engines, stops, most_tokens
-        self._measurements, self._looks = Stops(), Stops()
+        self._measurements, self._looks, self._layouts = Stops(), Stops(), Stops()
         self._loads: dict[str, int] = {}
 
     def open_page(self) -> Iterator[tuple]:
@@ -167,6 +167,7 @@ class Handlers:
         self._stops.forget(str(request.session_hash))
         self._measurements.forget(str(request.session_hash))
         self._looks.forget(str(request.session_hash))
+        self._layouts.forget(str(request.session_hash))
         self._loads.pop(str(request.session_hash), None)
 
     def choose_cell(self, visit: Visit, event: gr.EventData) -> tuple[Visit, object, object]:
@@ -227,20 +228,23 @@ class Handlers:
         return find_view(ready)
 
     def show_position(self, visit: Visit, event: gr.EventData) -> dict:
-        """The map at another template position."""
+        """The map at another template position, or on other axes."""
         try:
             engine, ready = self._ready(visit)
-            return map_view(engine, ready, getattr(event, "position", None))
+            return map_view(engine, ready, getattr(event, "position", None), getattr(event, "axes", None))
         except (PromptError, ModelError) as error:
             return {"error": str(error)}
 
-    def show_umap(self, visit: Visit, event: gr.EventData) -> dict:
+    def show_umap(self, visit: Visit, event: gr.EventData, request: gr.Request) -> Iterator[dict]:
         """One layer of the map by UMAP."""
+        run = getattr(event, "run", None)
         try:
             engine, ready = self._ready(visit)
-            return umap_view(engine, ready, getattr(event, "position", None), getattr(event, "layer", None))
+            stop = self._layouts.begin(str(request.session_hash), run if isinstance(run, int) else 0)
+            wanted = getattr(event, "position", None), getattr(event, "layer", None)
+            yield from umap_view(engine, ready, *wanted, stop)
         except (PromptError, ModelError) as error:
-            return {"error": str(error)}
+            yield {"error": str(error)}
 
     def read_inside(self, visit: Visit, event: gr.EventData) -> dict:
         """Where one or two prompts lie along the direction, and the words that it raises."""
@@ -357,8 +361,13 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
         bar.save_direction(do.save_direction, visit, files, **past_the_queue)
         bar.load_direction(do.load_direction, visit, [visit, bar, grid], **past_the_queue)
         bar.restore(do.choose_cell, visit, [visit, bar, grid], **past_the_queue)
-        atlas.position(do.show_position, visit, atlas, **(many | {"concurrency_limit": 2}))
-        atlas.umap(do.show_umap, visit, atlas, **(many | {"concurrency_limit": 2}))
+        for heard, handle, at_once in (
+            (atlas.position, do.show_position, 2),
+            (atlas.umap, do.show_umap, VISITORS_AT_ONCE),
+        ):
+            heard(handle, visit, atlas, **(many | {"concurrency_limit": at_once})).failure(
+                failed, None, atlas, queue=False, **quiet
+            )
         grid.choose(do.choose_cell, visit, [visit, bar, grid], **past_the_queue)
         grid.fill(do.fill_map, visit, grid, **(many | {"trigger_mode": "once"}))
         rates.measure(do.measure, visit, rates, **(many | {"concurrency_limit": 2})).failure(
