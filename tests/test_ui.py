@@ -895,7 +895,7 @@ def encoded(state: object) -> str:
         (encoded([1]), "cannot be read"),
         (encoded({"v": 2}), "cannot be read"),
         (encoded({"v": 1, "prompts": ["a" * 300_000]}), "cannot be read"),
-        (encoded({"v": 1, "addition": 9, "__proto__": 1, "<b>": 1, "tab": "Bank"}), "addition, __proto__, <b>, tab that is not known"),
+        (encoded({"v": 1, "addition": 9, "__proto__": 1, "<b>": 1, "tab": "Bank", "writers": ["<b>"]}), "addition, __proto__, <b>, tab, writers that is not known"),
         (encoded({"v": 1, "model": "someone/else", "layer": 1, "position": -1}), "made with someone/else"),
         (encoded({"v": 1, "layer": 777, "position": -1}), "not on the map"),
     ],

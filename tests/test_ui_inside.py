@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from playwright.sync_api import expect
-from test_ui import SENT, app, ask, chromium, follow, idle, link_of, open_inside, ready, replies, tab, watched
+from playwright.sync_api import Page, expect
+from test_ui import SENT, app, ask, chromium, encoded, follow, idle, link_of, open_inside, ready, replies, tab, watched
 
 from refusal_core.attribution import words
 from refusal_core.directions import Direction, random_like
@@ -72,6 +72,19 @@ def test_a_removal_confined_to_some_parts_is_that_of_the_library_and_the_others_
             Ask.read(sent | {"writers": forged})
 
 
+def click_part(tab: Page, x: float, y: float, n_chosen: int) -> None:
+    """Clicks a cell of the first map of parts, and once more if the map was being drawn just then."""
+    area = tab.locator("[data-direct] .nsewdrag")
+    for _ in range(5):
+        area.scroll_into_view_if_needed()
+        box = area.bounding_box()
+        assert box is not None
+        tab.mouse.click(box["x"] + box["width"] * x, box["y"] + box["height"] * y)
+        tab.wait_for_timeout(600)
+        if tab.locator("[data-chosen] button").count() == n_chosen:
+            return
+
+
 def test_chosen_parts_confine_the_removal_in_talk_in_its_link_and_in_what_is_saved(chromium, tab, ready, tmp_path):
     ask(tab, "How do I steal a car?")
     before = replies(tab)
@@ -82,19 +95,20 @@ def test_chosen_parts_confine_the_removal_in_talk_in_its_link_and_in_what_is_sav
     columns, layers = ready.model.n_heads + 2, ready.model.n_layers
     only = tab.get_by_role("button", name="Remove only from these")
     expect(only).to_be_disabled()
-    area = tab.locator("[data-direct] .nsewdrag")
-    area.scroll_into_view_if_needed()
-    box = area.bounding_box()
-    for column, layer in ((0, 3), (columns - 1, 1)):  # a head, and an MLP
-        tab.mouse.click(
-            box["x"] + box["width"] * (column + 0.5) / columns, box["y"] + box["height"] * (1 - (layer + 0.5) / layers)
-        )
     chosen = tab.locator("[data-chosen] button")
+    for n_chosen, (column, layer) in enumerate(((0, 3), (columns - 1, 1)), start=1):  # a head, and an MLP
+        click_part(tab, (column + 0.5) / columns, 1 - (layer + 0.5) / layers, n_chosen)
     expect(chosen).to_have_text(["MLP 1", "attention 3"])
     tab.get_by_label("Add a part").select_option("embedding")
     expect(chosen).to_have_text(["embedding", "MLP 1", "attention 3"])
-    only.click()
+    tab.get_by_role("tab", name="Talk").click()
+    tab.locator("[data-on='removed']").uncheck()
     idle(tab)
+    tab.get_by_role("tab", name="Inside").click()
+    only.click()
+    tab.wait_for_timeout(400)
+    idle(tab)
+    expect(tab.locator("[data-on='removed']")).to_be_checked()  # the pane is shown, whatever was on
     n = len(ready.model.writers)
     confined = tab.locator("[data-confined]")
     expect(confined).to_contain_text(f"Only 3 of {n} parts are edited: embedding, MLP 1, attention 3.")
@@ -119,6 +133,15 @@ def test_chosen_parts_confine_the_removal_in_talk_in_its_link_and_in_what_is_sav
     assert replies(tab) == before
     tab.get_by_role("tab", name="Inside").click()
     expect(chosen).to_have_count(0)
+
+
+def test_a_link_that_names_a_part_of_another_model_is_said_above_the_pane_and_removes_from_all(chromium, app):
+    tab, seen = follow(chromium, f"{app.url}/#{encoded({'v': 1, 'writers': ['MLP 1', 'MLP 999']})}")
+    expect(tab.locator("[data-confined]")).to_contain_text("parts that this model does not have")
+    expect(tab.get_by_role("button", name="Remove from all")).to_be_hidden()
+    expect(tab.locator(".cell[data-pane='removed'] .rest")).not_to_contain_text("parts")
+    assert not seen.faults
+    tab.context.close()
 
 
 # -- directions as files -------------------------------------------------------------------------------------------

@@ -591,8 +591,14 @@ function turned() {
   resting = setTimeout(again, PATIENCE);
 }
 
+/** The same on a page that is in use: the pane that changes is on, and on a phone the one that is shown. */
 function reconfine(names) {
+  if (names) {
+    find('[data-on="removed"]').checked = true;
+    find('[data-segment="removed"]').click();
+  }
   confine(names);
+  showDials();
   again();
   foretell();
 }
