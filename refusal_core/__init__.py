@@ -9,7 +9,7 @@ Each module is a room, and may import only rooms above it:
     chat_model      a chat model whose residual stream can be read and written
     activations     the residual stream of many prompts at the template positions
     generation      completions streamed side by side from one batch
-    selection       score every candidate, lazily and exactly; apply the rule
+    selection       score every candidate, lazily and exactly; apply the rule; the same for any two classes
     evaluation      rates with intervals, with and without; the first token by strength (dose–response)
     attribution     which parts write the direction, which words it raises, where each token lies along it
     orthogonalize   the ablation written into the weights; export, measured against the hooks

@@ -34,7 +34,8 @@ class Source:
     """Where a direction was read: the model, the layer and position, the prompts.
 
     `layer` counts `resid_pre` (the *input* of that block; tools that count block outputs call it layer − 1).
-    `fingerprint` names the weights themselves, so that a moved folder is still the same model.
+    `fingerprint` names the weights themselves, so that a moved folder is still the same model. `contrast` names the two
+    classes, the first minus the second, of a direction that is not about refusal; `control` what is no direction at all.
     """
 
     model: str = ""
@@ -46,6 +47,7 @@ class Source:
     n_harmful: int = 0
     n_harmless: int = 0
     control: str = ""
+    contrast: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +64,8 @@ class Direction:
         norm = r.double().norm().item()
         if not norm >= ZERO_NORM:
             raise DirectionError(
-                f"There is no direction at layer {source.layer}, position {source.position}: harmful and harmless "
-                f"prompts have the same mean there (‖r‖ = {norm:.1e}). Take a later layer."
+                f"There is no direction at layer {source.layer}, position {source.position}: the prompts of both "
+                f"classes have the same mean there (‖r‖ = {norm:.1e}). Take a later layer."
             )
         return cls((r.double() / norm).float().cpu(), norm, source)
 
