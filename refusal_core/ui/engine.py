@@ -3,6 +3,7 @@
 The page is up while the model loads: `Engine.status` says how far that is, and `Engine.changes` waits for news.
 """
 
+import hashlib
 import math
 import threading
 import time
@@ -23,6 +24,8 @@ from refusal_core.selection import CandidateScore, Found, Progress, find_directi
 
 EMBEDDED = "embedded model"
 MOST_LOADED = 3
+MOST_MAPS = 64
+"""How many maps, and how many layouts, an engine keeps: those of every direction that is in use."""
 
 Cell = tuple[int, int]
 """A candidate of the selection map: template position and layer."""
@@ -30,13 +33,23 @@ Cell = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """Everything the page needs: the model, what was found, the direction in use, and prompts it has not seen."""
+    """Everything the page needs: the model, what was found, the direction in use, and prompts it has not seen.
+
+    `own` says what a visitor had it found from, and `set_aside` how many of those prompts `examples` has then.
+    """
 
     model: ChatModel
     found: Found
     direction: Direction
     examples: PromptSet
     is_organism: bool
+    own: str = ""
+    set_aside: int = 0
+
+    @property
+    def digest(self) -> str:
+        """Names what results depend on besides the model: the direction, and the tokens that count as a refusal."""
+        return f"{self.direction.digest} {hashlib.sha256(repr(self.found.refusal_tokens).encode()).hexdigest()[:8]}"
 
     @property
     def score(self) -> CandidateScore | None:
@@ -99,9 +112,9 @@ class Engine:
         self._news = threading.Condition()
         self._closing = threading.Event()
         self.thread: threading.Thread | None = None
-        self._maps: dict[int, tuple[LayerMap, ...]] = {}
+        self._maps: dict[tuple[str, int], tuple[LayerMap, ...]] = {}
         self._maps_lock = threading.Lock()
-        self._umaps: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._umaps: dict[tuple[str, int, int], tuple[np.ndarray, np.ndarray]] = {}
         self._umap_lock = threading.Lock()
         self._filling = threading.Lock()
         self._turn = turn or threading.Lock()
@@ -133,23 +146,26 @@ class Engine:
 
     def maps(self, ready: Ready, pos: int) -> tuple[LayerMap, ...]:
         """The prompts' principal components at template position `pos`, layer by layer; computed once."""
+        key = ready.found.digest, pos
         with self._maps_lock:
-            if pos not in self._maps:
-                self._maps[pos] = pca_maps(ready.found, pos)
-            return self._maps[pos]
+            if key not in self._maps:
+                _make_room(self._maps)
+                self._maps[key] = pca_maps(ready.found, pos)
+            return self._maps[key]
 
     def umap(self, ready: Ready, pos: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """The prompts of one layer by UMAP; computed once, one at a time because each takes seconds."""
+        key = ready.found.digest, pos, layer
         with self._umap_lock:
-            if (pos, layer) not in self._umaps:
-                self._umaps[pos, layer] = umap_layout(ready.found, pos, layer)
-            return self._umaps[pos, layer]
+            if key not in self._umaps:
+                _make_room(self._umaps)
+                self._umaps[key] = umap_layout(ready.found, pos, layer)
+            return self._umaps[key]
 
-    @property
-    def known_maps(self) -> dict[int, tuple[LayerMap, ...]]:
-        """The maps computed so far, by position."""
+    def known_maps(self, ready: Ready) -> dict[int, tuple[LayerMap, ...]]:
+        """The maps of these prompts computed so far, by position."""
         with self._maps_lock:
-            return dict(self._maps)
+            return {pos: maps for (digest, pos), maps in self._maps.items() if digest == ready.found.digest}
 
     def fill(self) -> Iterator[Progress]:
         """Measures every candidate; whoever asks while somebody else's run goes on waits for that one.
@@ -160,10 +176,9 @@ class Engine:
             ready = self._status
             if not isinstance(ready, Ready) or all(is_known(s) for s in ready.found.scores):
                 return
-            train = load_prompts("train", self.prompts)
-            for news in find_direction(ready.model, train, complete=True, stop=self._closing):
-                if isinstance(news, Found):
-                    self._say(replace(ready, found=replace(ready.found, scores=news.scores, choice=news.choice)))
+            for news in filled(ready, self._closing):
+                if isinstance(news, Ready):
+                    self._say(news)
                 else:
                     yield news
 
@@ -258,7 +273,26 @@ class Engines:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
 
+def filled(ready: Ready, stop: threading.Event) -> Iterator[Progress | Ready]:
+    """The same with every candidate measured, after progress; ends early when `stop` is set."""
+    found = ready.found
+    search = find_direction(
+        ready.model, found.prompts, found.validation, refusal_tokens=found.refusal_tokens, complete=True, stop=stop
+    )
+    for news in search:
+        if isinstance(news, Found):
+            yield replace(ready, found=replace(found, scores=news.scores, choice=news.choice))
+        else:
+            yield news
+
+
 def is_known(score: CandidateScore) -> bool:
     """Whether everything that can be measured of a candidate has been."""
     is_zero = score.norm is not None and score.norm < ZERO_NORM
-    return is_zero or None not in (score.bypass, score.induce, score.kl)
+    return is_zero or score.auroc is not None or None not in (score.bypass, score.induce, score.kl)
+
+
+def _make_room(cache: dict) -> None:
+    """Lets go of what was computed longest ago, so that many visitors' directions do not fill the memory."""
+    while len(cache) >= MOST_MAPS:
+        cache.pop(next(iter(cache)))

@@ -39,7 +39,7 @@ def inside_view(ready: Ready, texts: Sequence[object] = PAIR) -> dict:
     titles = [*prompts, "the second minus the first, token by token from the end"]
     return {
         "model": model.name,
-        "direction": direction.digest,
+        "direction": ready.digest,
         "prompts": prompts,
         "maps": [
             {"title": title, "figure": reading_map(*figure, reach).to_json()}
@@ -84,7 +84,7 @@ def _writers(ready: Ready, writers: Writers, patching: Patching) -> dict:
     ranked = sorted(zip(patching.names, patching.effect.tolist(), strict=True), key=lambda pair: -abs(pair[1]))
     return {
         "model": ready.model.name,
-        "direction": ready.direction.digest,
+        "direction": ready.digest,
         "direct": writer_map(direct, columns, "of ‖r‖").to_json(),
         "patched": writer_map(effects, ["attention", "MLP"], "log-odds").to_json(),
         "heads": writers.heads is not None,

@@ -391,7 +391,7 @@ def opening_view(ready: Ready) -> dict:
         "examples": {
             "opening": OPENING,
             "model": ready.model.name,
-            "digest": ready.direction.digest,
+            "digest": ready.digest,
             "layer": ready.direction.source.layer,
             "position": ready.direction.source.position,
             "harmless": [text for _, text in harmless],
