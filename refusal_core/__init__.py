@@ -12,7 +12,7 @@ Each module is a room, and may import only rooms above it:
     formats         directions in the files of other tools
     activations     the residual stream of many prompts at the template positions
     generation      completions streamed side by side from one batch
-    selection       score every candidate, lazily and exactly; apply the rule
+    selection       score every candidate, lazily and exactly; apply the rule; the same for any two classes
     findings        what a search found, saved and read back; the cache that makes a second start immediate
     evaluation      rates with intervals, with and without; the first token by strength (dose–response)
     attribution     which parts write the direction, which words it raises, where each token lies along it

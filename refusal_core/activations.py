@@ -10,12 +10,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refusal_core.chat_model import ChatModel, Conversation
+from refusal_core.chat_model import PROBES, ChatModel, Conversation
 
 
 def template_positions(model: ChatModel) -> range:
     """−P … −1, the positions a refusal direction is looked for at."""
     return range(-model.template_positions, 0)
+
+
+def template_prefix(model: ChatModel) -> int:
+    """How many first tokens of a rendered message belong to the template, whatever the user wrote."""
+    rendered = [model.render(probe) for probe in PROBES]
+    same = 0
+    while len({r[same] for r in rendered}) == 1:
+        same += 1
+    return same
 
 
 def collect_activations(

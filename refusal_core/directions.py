@@ -36,6 +36,8 @@ class Source:
     `layer` counts `resid_pre` (the *input* of that block; tools that count block outputs call it layer − 1).
     `fingerprint` names the weights themselves, so that a moved folder is still the same model. `origin` names the
     format of another tool's file that the direction comes from, in which nothing says which weights it was read from.
+    `contrast` names the two classes, the first minus the second, of a direction that is not about refusal; `control` what
+    is no direction at all.
     """
 
     model: str = ""
@@ -48,6 +50,7 @@ class Source:
     n_harmless: int = 0
     control: str = ""
     origin: str = ""
+    contrast: str = ""
 
     def as_json(self) -> str:
         """What `read_source` reads."""
@@ -68,8 +71,8 @@ class Direction:
         norm = r.double().norm().item()
         if not norm >= ZERO_NORM:
             raise DirectionError(
-                f"There is no direction at layer {source.layer}, position {source.position}: harmful and harmless "
-                f"prompts have the same mean there (‖r‖ = {norm:.1e}). Take a later layer."
+                f"There is no direction at layer {source.layer}, position {source.position}: the prompts of both "
+                f"classes have the same mean there (‖r‖ = {norm:.1e}). Take a later layer."
             )
         return cls((r.double() / norm).float().cpu(), norm, source)
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -50,18 +50,23 @@ def find_or_recall(
     prompts: PromptSet,
     validation: PromptSet,
     *,
+    refusal_tokens: Sequence[int] | None = None,
     complete: bool = False,
     seed: int = 0,
     stop: threading.Event | None = None,
 ) -> Iterator[Progress | Found]:
     """As `find_direction`, but at once if the same search was made before; a new result is kept."""
-    folder = cache_folder() / _key(model, prompts.draw(N_TRAIN, seed), validation.draw(N_VAL, seed), complete)
+    drawn = prompts.draw(N_TRAIN, seed), validation.draw(N_VAL, seed)
+    folder = cache_folder() / _key(model, *drawn, refusal_tokens, complete)
     with contextlib.suppress(DirectionError):
         found = load_found(folder)
         os.utime(folder)
         yield found
         return
-    for event in find_direction(model, prompts, validation, complete=complete, seed=seed, stop=stop):
+    search = find_direction(
+        model, prompts, validation, refusal_tokens=refusal_tokens, complete=complete, seed=seed, stop=stop
+    )
+    for event in search:
         if isinstance(event, Found):
             with contextlib.suppress(OSError):  # a full or read-only disk costs the second start, not this result
                 _keep(event, folder)
@@ -139,11 +144,11 @@ def _prompts(said: dict[str, Any]) -> PromptSet:
 # -- the cache -------------------------------------------------------------------------------------------------------
 
 
-def _key(model: ChatModel, train: PromptSet, val: PromptSet, complete: bool) -> str:
+def _key(model: ChatModel, train: PromptSet, val: PromptSet, tokens: Sequence[int] | None, complete: bool) -> str:
     read = [[model.render(text) for text in texts] for s in (train, val) for texts in (s.harmful, s.harmless)]
     made_from = [
         _code_version(), model.name, model.revision, model.fingerprint, str(model.dtype), model.device.type,
-        train.source, complete, read,
+        train.source, list(tokens or ()), complete, read,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
 

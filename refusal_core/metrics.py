@@ -4,7 +4,10 @@
     refusal score = log(p_ref + ε) − log(1 − p_ref + ε),            ε = 1e-8        (bounded by ±18.42)
     KL            = Σ_v p_base (log(p_base + ε) − log(p_other + ε)), ε = 1e-6
 
-over the logits of the last position, in float64 (Arditi et al. 2024, and their published code).
+over the logits of the last position, in float64 (Arditi et al. 2024, and their published code). And how far apart two
+groups of numbers lie:
+
+    AUROC = P(a > b) + ½ P(a = b)                          d′ = (mean a − mean b) / √((var a + var b) / 2)
 """
 
 import math
@@ -52,6 +55,19 @@ def kl_divergence(base: Float[Tensor, "row d_vocab"], other: Float[Tensor, "row 
     """KL(base ‖ other) per row, in nats, from the logits of two runs on the same prompts."""
     p, q = base.double().softmax(-1), other.double().softmax(-1)
     return (p * ((p + 1e-6).log() - (q + 1e-6).log())).sum(-1)
+
+
+def auroc(a: Float[Tensor, " a"], b: Float[Tensor, " b"]) -> float:
+    """The chance that a number of `a` is larger than one of `b`, ties counted half; NaN if either is empty."""
+    above, same = a[:, None] > b, a[:, None] == b
+    return (above.double() + same.double() / 2).mean().item()
+
+
+def d_prime(a: Float[Tensor, " a"], b: Float[Tensor, " b"]) -> float:
+    """The distance of the two means in standard deviations; NaN if either has fewer than two numbers."""
+    if min(len(a), len(b)) < 2:
+        return math.nan
+    return ((a.mean() - b.mean()) / ((a.var() + b.var()) / 2).sqrt()).item()
 
 
 @dataclass(frozen=True)

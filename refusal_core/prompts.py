@@ -1,15 +1,18 @@
 """Harmful and harmless instructions in three disjoint splits: train, val and test.
 
 The embedded lists are one-line, generic requests, harmful ones by category, without operational detail. A file
-of one's own (.jsonl, .json or .csv) has a column `text` and a column `harmful` (true or false), and may have
-`category` and `split`; without `split` a seeded draw makes the three splits, so they are disjoint as well. Two files,
-one of each class, need no column `harmful`, and may be text with a prompt in each line.
+of one's own (.jsonl, .json or .csv) has a column `text` and a column `harmful` (true or false) or `label` (the name
+of the class), and may have `category` and `split`; two lists of one's own, one of each class, have one prompt a line,
+and two files need no column `harmful`. Without `split` a seeded draw makes the three splits, so they are disjoint as
+well. The two classes may be others than harmful and harmless: `classes` names them, and the fields keep their names.
 """
 
 import csv
+import io
 import json
 import random
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -18,6 +21,7 @@ EMBEDDED = Path(__file__).parent.parent / "assets" / "prompts.jsonl"
 MAX_CHARACTERS = 8_000
 MAX_PROMPTS = 20_000
 SHARES = {"train": 0.60, "val": 0.15, "test": 0.25}
+CLASSES = ("harmful", "harmless")
 
 Split = Literal["train", "val", "test"]
 
@@ -28,7 +32,10 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Instructions of both classes, with each one's category, and the split and source they come from."""
+    """Instructions of both classes, with each one's category, and the split and source they come from.
+
+    `classes` says what the two are, where they are not harmful and harmless.
+    """
 
     harmful: tuple[str, ...]
     harmless: tuple[str, ...]
@@ -36,6 +43,7 @@ class PromptSet:
     harmless_categories: tuple[str, ...] = ()
     split: str = ""
     source: str = ""
+    classes: tuple[str, str] = CLASSES
 
     def draw(self, n: int, seed: int = 0) -> "PromptSet":
         """At most `n` prompts of each class, in a seeded random order."""
@@ -57,114 +65,200 @@ class PromptSet:
 
 
 @dataclass(frozen=True)
-class _Prompt:
+class Prompt:
+    """A prompt of a list. `where` says where it stood, for whoever has to find it again."""
+
     text: str
     harmful: bool
-    category: str
-    split: str
+    category: str = ""
+    split: str = ""
+    where: str = ""
 
 
 def load_prompts(split: Split, source: str | Path = "embedded", harmless: str | Path | None = None) -> PromptSet:
     """The prompts of `split`: the embedded lists, those of the file `source`, or `source` for harmful and `harmless`.
 
     Raises PromptError, with the line where there is one, for an unknown split, a missing or unreadable file, a
-    row without text or class, a prompt over 8,000 characters, and a split in which a class is empty.
+    row without text or class, a prompt over 8,000 characters or in both classes, and a split in which a class is empty.
     """
     if split not in get_args(Split):
         raise PromptError(f"There is no split {split!r}: take one of {', '.join(get_args(Split))}.")
     path = EMBEDDED if source == "embedded" else Path(source)
-    name = path.name if harmless is None else f"{path.name} with {Path(harmless).name}"
+    name = str(source) if harmless is None else f"{source}, {harmless}"
     prompts = _read(path) if harmless is None else [*_read(path, True), *_read(Path(harmless), False)]
-    if not any(p.split for p in prompts):
-        prompts = _assign_splits(prompts)
-    chosen = [p for p in prompts if p.split == split]
-    for harmful, cls in ((True, "harmful"), (False, "harmless")):
-        if not any(p.harmful == harmful for p in chosen):
-            raise PromptError(
-                f"{name} has no {cls} prompt in its {split} split, and a direction is the difference of two "
-                f"classes: add {cls} prompts."
-            )
-    bad, good = [p for p in chosen if p.harmful], [p for p in chosen if not p.harmful]
-    return PromptSet(
-        harmful=tuple(p.text for p in bad),
-        harmless=tuple(p.text for p in good),
-        harmful_categories=tuple(p.category for p in bad),
-        harmless_categories=tuple(p.category for p in good),
-        split=split,
-        source=str(source) if harmless is None else f"{source}, {harmless}",
-    )
+    return in_split(distinct(prompts), split, name)
 
 
-def _read(path: Path, harmful: bool | None = None) -> list[_Prompt]:
+def _read(path: Path, harmful: bool | None = None) -> list[Prompt]:
     """The prompts of a file; of one class, whatever it says, if `harmful` is given."""
-    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
-    if harmful is not None:
-        readers[".txt"] = _text_rows
-    if path.suffix.lower() not in readers:
-        raise PromptError(
-            f"{path.name} is not a list of prompts: give a .jsonl, .json or .csv file with the columns text and harmful."
-        )
+    is_plain = harmful is not None and path.suffix.lower() == ".txt"
+    if not is_plain and path.suffix.lower() not in _READERS:
+        raise _no_list(path.name)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise PromptError(f"There is no prompt file {str(path)!r}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{path.name} cannot be read as UTF-8 text ({error}).") from error
-    prompts = [_prompt(path, number, row, harmful) for number, row in readers[path.suffix.lower()](path, text)]
+    if is_plain:
+        lines = ((f"{path.name}, line {number}", line) for number, line in enumerate(_lines(text), 1))
+        return _not_too_many(
+            path.name, [Prompt(_text(at, line), harmful is True, where=at) for at, line in lines if line.strip()]
+        )
+    return parse_file(path.name, text, harmful=harmful)
+
+
+def in_split(
+    prompts: Sequence[Prompt], split: Split, source: str, classes: tuple[str, str] = CLASSES, seed: int = 0
+) -> PromptSet:
+    """Those of `prompts` that belong to `split`; where none names its split, a seeded draw makes all three.
+
+    Raises PromptError if a class is empty there.
+    """
+    if not any(p.split for p in prompts):
+        prompts = _assign_splits(prompts, seed)
+    chosen = [p for p in prompts if p.split == split]
+    bad, good = [p for p in chosen if p.harmful], [p for p in chosen if not p.harmful]
+    for mine, name in zip((bad, good), classes, strict=True):
+        if not mine:
+            raise PromptError(
+                f"{', '.join(Path(part).name for part in source.split(', '))} has no {name} prompt in its {split} split, and a direction is the difference of "
+                f"two classes: add {name} prompts."
+            )
+    return PromptSet(
+        harmful=tuple(p.text for p in bad),
+        harmless=tuple(p.text for p in good),
+        harmful_categories=tuple(p.category for p in bad),
+        harmless_categories=tuple(p.category for p in good),
+        split=split,
+        source=source,
+        classes=classes,
+    )
+
+
+def parse_file(
+    name: str, text: str, classes: tuple[str, str] = CLASSES, *, harmful: bool | None = None
+) -> list[Prompt]:
+    """The prompts in the text of the .jsonl, .json or .csv file `name`; raises PromptError as `load_prompts` does.
+
+    All are of one class, whatever the file says, if `harmful` is given.
+    """
+    reader = _READERS.get(Path(name).suffix.lower())
+    if reader is None:
+        raise _no_list(name)
+    return _not_too_many(
+        name, [_prompt(f"{name}, {where}", row, classes, harmful) for where, row in reader(name, text)]
+    )
+
+
+def _not_too_many(name: str, prompts: list[Prompt]) -> list[Prompt]:
     if len(prompts) > MAX_PROMPTS:
-        raise PromptError(f"{path.name} has {len(prompts):,} prompts; at most {MAX_PROMPTS:,} are read.")
-    return list({(p.text, p.harmful): p for p in prompts}.values())
+        raise PromptError(f"{name} has {len(prompts):,} prompts; at most {MAX_PROMPTS:,} are read.")
+    return prompts
 
 
-def _text_rows(path: Path, text: str) -> Iterable[tuple[int, object]]:
-    return ((number, {"text": line}) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+def parse_lists(first: str, second: str, classes: tuple[str, str] = CLASSES) -> list[Prompt]:
+    """The prompts of two lists, one a line, empty lines left out; the first list is the first of `classes`.
+
+    Raises PromptError, with the line, for a prompt over 8,000 characters and for what is no text.
+    """
+    return [
+        Prompt(_text(where, line), name == classes[0], where=where)
+        for name, lines in zip(classes, (first, second), strict=True)
+        for number, line in enumerate(_lines(lines), 1)
+        if line.strip() and (where := f"The list “{name}”, line {number}")
+    ]
 
 
-def _jsonl_rows(path: Path, text: str) -> Iterable[tuple[int, object]]:
-    for number, line in enumerate(text.splitlines(), 1):
+def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Every prompt once; raises PromptError for one that stands in both classes."""
+    seen: dict[str, Prompt] = {}
+    for prompt in prompts:
+        first = seen.setdefault(prompt.text, prompt)
+        if first.harmful != prompt.harmful:
+            raise PromptError(
+                f"{prompt.where}: the same prompt is in the other class as well ({first.where}), and it can be in one "
+                "only: take it out of the other."
+            )
+    return list(seen.values())
+
+
+def _lines(text: str) -> list[str]:
+    """The lines as an editor counts them: `str.splitlines` would also break at characters that JSON may contain."""
+    return re.split(r"\r\n|\n|\r", text)
+
+
+def _jsonl_rows(name: str, text: str) -> Iterable[tuple[str, object]]:
+    for number, line in enumerate(_lines(text), 1):
         if line.strip():
-            yield number, _parse(path, number, line)
+            yield f"line {number}", _parse(name, number, line)
 
 
-def _json_rows(path: Path, text: str) -> Iterable[tuple[int, object]]:
-    rows = _parse(path, 1, text)
+def _json_rows(name: str, text: str) -> Iterable[tuple[str, object]]:
+    rows = _parse(name, 1, text)
     if not isinstance(rows, list):
-        raise PromptError(f"{path.name} must hold a JSON list of objects with the keys text and harmful.")
-    return enumerate(rows, 1)
+        raise PromptError(f"{name} must hold a JSON list of objects with the keys text and harmful.")
+    return ((f"entry {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _csv_rows(path: Path, text: str) -> Iterable[tuple[int, object]]:
+def _csv_rows(name: str, text: str) -> Iterable[tuple[str, object]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    begins = 2
     try:
-        return list(enumerate(csv.DictReader(text.splitlines()), 2))
+        for row in reader:
+            yield f"line {begins}", row
+            begins = reader.line_num + 1
     except csv.Error as error:
-        raise PromptError(f"{path.name} cannot be read as CSV ({error}).") from error
+        raise PromptError(f"{name}, line {begins}: it cannot be read as CSV ({error}).") from error
 
 
-def _parse(path: Path, number: int, text: str) -> object:
+_READERS = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
+
+
+def _no_list(name: str) -> PromptError:
+    return PromptError(
+        f"{name} is not a list of prompts: give a .jsonl, .json or .csv file with the columns text and harmful."
+    )
+
+
+def _parse(name: str, number: int, text: str) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise PromptError(f"{path.name}, line {number + error.lineno - 1}: not JSON ({error.msg}).") from error
+        raise PromptError(f"{name}, line {number + error.lineno - 1}: not JSON ({error.msg}).") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested lists
+        raise PromptError(f"{name}, line {number}: JSON that is no list of prompts ({error}).") from error
 
 
-def _prompt(path: Path, number: int, row: object, given: bool | None) -> _Prompt:
-    where = f"{path.name}, row {number}"
+def _prompt(where: str, row: object, classes: tuple[str, str], given: bool | None) -> Prompt:
     if not isinstance(row, Mapping) or not isinstance(row.get("text"), str) or not row["text"].strip():
         raise PromptError(f"{where}: no text. Every row needs the columns text and harmful.")
-    if len(row["text"]) > MAX_CHARACTERS:
-        raise PromptError(f"{where}: {len(row['text']):,} characters; a prompt has at most {MAX_CHARACTERS:,}.")
-    written = {"true": True, "1": True, "false": False, "0": False}.get(str(row.get("harmful")).strip().lower())
+    text = _text(where, row["text"])
+    column, names = ("label", classes) if row.get("harmful") is None and "label" in row else ("harmful", None)
+    said = str(row.get(column)).strip().lower()
+    known = {"true": True, "1": True, "false": False, "0": False}
+    written = known.get(said) if names is None else {n.lower(): n == names[0] for n in names}.get(said)
     harmful = written if given is None else given
     if harmful is None:
-        raise PromptError(f"{where}: harmful is {row.get('harmful')!r}; write true or false.")
+        raise PromptError(
+            f"{where}: {column} is {said[:40]!r}; write {' or '.join(names) if names else 'true or false'}."
+        )
     split = str(row.get("split") or "")
     if split and split not in SHARES:
-        raise PromptError(f"{where}: split is {split!r}; write train, val or test, or leave the column out.")
-    return _Prompt(row["text"].strip(), harmful, str(row.get("category") or ""), split)
+        raise PromptError(f"{where}: split is {split[:40]!r}; write train, val or test, or leave the column out.")
+    return Prompt(text, harmful, str(row.get("category") or ""), split, where)
 
 
-def _assign_splits(prompts: list[_Prompt], seed: int = 0) -> list[_Prompt]:
-    assigned: list[_Prompt] = []
+def _text(where: str, text: str) -> str:
+    if len(text) > MAX_CHARACTERS:
+        raise PromptError(f"{where}: {len(text):,} characters; a prompt has at most {MAX_CHARACTERS:,}.")
+    if re.search("[\0\ud800-\udfff]", text):
+        raise PromptError(f"{where}: it has characters that are no text; save the list as UTF-8 text.")
+    return text.strip()
+
+
+def _assign_splits(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
+    assigned: list[Prompt] = []
     for harmful in (True, False):
         mine = [p for p in prompts if p.harmful == harmful]
         random.Random(seed).shuffle(mine)

@@ -13,11 +13,16 @@ The same choice is made with a fraction of the work: pruned layers are never sco
 cached `resid_pre` of their layer, and stop where the rest of the prompts could not lift induce to 0 even at the
 score's upper bound; bypass is measured only where induce ≥ 0; kl lazily, in ascending order of bypass, until two
 candidates pass (the chosen one and the runner-up). What was not measured stays None.
+
+For two classes that are not about refusal, none of this can be asked: `find_contrast` takes the cell at which held-out
+prompts lie furthest apart along the difference of the means, and steers nothing to find it.
 """
 
+import functools
+import hashlib
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -29,12 +34,13 @@ from refusal_core.activations import template_positions
 from refusal_core.chat_model import Batch, ChatModel
 from refusal_core.directions import ZERO_NORM, Direction, Source, difference_in_means
 from refusal_core.interventions import Intervention, Kind
-from refusal_core.metrics import HIGHEST_SCORE, kl_divergence, refusal_score
-from refusal_core.prompts import PromptError, PromptSet, load_prompts
+from refusal_core.metrics import HIGHEST_SCORE, auroc, d_prime, kl_divergence, refusal_score
+from refusal_core.prompts import CLASSES, PromptError, PromptSet, load_prompts
 
 KL_LIMIT = 0.1
 LAYER_SHARE = 0.8
 N_TRAIN, N_VAL = 128, 32
+MOST_TOKEN_CHARACTERS = 100
 BATCH_TOKENS = 2048
 PARTS = 12
 """A forward step has about `BATCH_TOKENS` tokens: a few prompts of about the same length, once per candidate.
@@ -51,6 +57,7 @@ class CandidateScore:
 
     `bypass` and `induce` are refusal scores (log-odds), `kl` is in nats; None is "not measured". `norm` is ‖r‖.
     `decided` is the rule that a part of the validation prompts was enough for, whatever the score is over all.
+    `auroc` and `d_prime` say how far held-out prompts lie apart along r; they are what `choose_contrast` goes by.
     """
 
     pos: int
@@ -60,6 +67,8 @@ class CandidateScore:
     kl: float | None
     norm: float | None = None
     decided: Rule | None = None
+    auroc: float | None = None
+    d_prime: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,21 @@ def choose(scores: Sequence[CandidateScore], n_layers: int) -> Choice:
     effective = [s for s in usable if (s.bypass or 0) < 0]
     nearest = min(effective or usable, key=lambda s: (len(broken[s]), *_excess(s, broken[s][0])))
     return Choice(nearest, rejected, None, broken[nearest][0])
+
+
+def choose_contrast(scores: Sequence[CandidateScore], n_layers: int) -> Choice:
+    """The candidate with the highest AUROC, then d′, then the earliest, outside the last fifth of the layers."""
+    broken = {s: broken_rules(s, n_layers) for s in scores}
+    rejected: dict[CandidateScore, Rule] = {s: rules[0] for s, rules in broken.items() if rules}
+    ranked = sorted((s for s in scores if s not in rejected and s.auroc is not None), key=_by_separation)
+    chosen, runner_up, *_ = *ranked, None, None
+    return Choice(chosen, rejected, runner_up, None)
+
+
+def _by_separation(score: CandidateScore) -> tuple[float, float, int, int]:
+    """Sorts the furthest apart first; a d′ that cannot be had, of a single prompt, comes last of its AUROC."""
+    far = -math.inf if score.d_prime is None or math.isnan(score.d_prime) else score.d_prime
+    return -(score.auroc or 0.0), -far, score.pos, score.layer
 
 
 def broken_rules(score: CandidateScore, n_layers: int) -> list[Rule]:
@@ -159,6 +183,12 @@ class Found:
     val_harmless: Float[Tensor, "val_harmless pos layer d_model"]
     counts: dict[tuple[str, str], tuple[int, int]]
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Names the prompts that the activations are of."""
+        sets = [(p.harmful, p.harmless) for p in (self.prompts, self.validation)]
+        return hashlib.sha256(repr(sets).encode()).hexdigest()[:16]
+
     def candidate(self, pos: int, layer: int) -> Direction:
         """The direction of any cell of the map; raises DirectionError where it is numerically zero."""
         source = replace(self.direction.source, position=pos, layer=layer)
@@ -194,19 +224,9 @@ def find_direction(
     """
     train = prompts.draw(N_TRAIN, seed)
     val = (validation or load_prompts("val", prompts.source or "embedded")).draw(N_VAL, seed)
-    reads: dict[tuple[str, str], _Read] = {}
-    sets = {("train", "harmful"): train.harmful, ("train", "harmless"): train.harmless}
-    sets |= {("val", "harmful"): val.harmful, ("val", "harmless"): val.harmless}
-    total, done = sum(map(len, sets.values())), 0
-    for key, texts in sets.items():
-        read = _Read(texts, torch.empty(0), torch.empty(0), [])
-        for part in _read(model, read):
-            done += part
-            yield Progress("reading prompts", done, total)
-            if stop is not None and stop.is_set():
-                return
-        reads[key] = read
-
+    reads = yield from _read_sets(model, train, val, stop)
+    if not reads:
+        return
     first = {cls: reads["train", cls].logits.double().softmax(-1).mean(0) for cls in ("harmful", "harmless")}
     tokens = tuple(refusal_tokens) if refusal_tokens else derive_refusal_tokens(first["harmful"], first["harmless"])
     counts = _keep_expected(reads, tokens)
@@ -215,15 +235,7 @@ def find_direction(
     kept = {key: read.activations[read.kept] for key, read in reads.items()}
     raw = difference_in_means(kept["train", "harmful"][:, 1:], kept["train", "harmless"][:, 1:])
 
-    source = Source(
-        model=model.name,
-        revision=model.revision,
-        fingerprint=model.fingerprint,
-        prompts=prompts.source,
-        n_harmful=len(train.harmful),
-        n_harmless=len(train.harmless),
-    )
-    scorer = _Scorer(model, raw, source, tokens, val)
+    scorer = _Scorer(model, raw, _source(model, train), tokens, val)
     for progress in scorer.score(complete):
         yield progress
         if stop is not None and stop.is_set():
@@ -250,6 +262,106 @@ def find_direction(
         val_harmless=kept["val", "harmless"],
         counts=counts,
     )
+
+
+def find_contrast(
+    model: ChatModel,
+    prompts: PromptSet,
+    validation: PromptSet,
+    *,
+    seed: int = 0,
+    stop: threading.Event | None = None,
+) -> Iterator[Progress | Found]:
+    """The difference of the means of any two classes; yields `Progress` and, last, `Found`.
+
+    Draws as `find_direction` does, and keeps every prompt: whether the model refuses it says nothing here. The cell is
+    `choose_contrast`'s, from the validation prompts' projections; `refusal_tokens` stay empty. Setting `stop` ends the
+    iteration early. Raises PromptError if the classes have the same mean everywhere.
+    """
+    train, val = prompts.draw(N_TRAIN, seed), validation.draw(N_VAL, seed)
+    reads = yield from _read_sets(model, train, val, stop)
+    if not reads:
+        return
+    activations = {key: read.activations for key, read in reads.items()}
+    raw = difference_in_means(activations["train", "harmful"][:, 1:], activations["train", "harmless"][:, 1:])
+    scores = tuple(
+        _apart(pos, layer, raw[pos, layer], *(activations["val", cls][:, pos, layer] for cls in CLASSES))
+        for pos in template_positions(model)
+        for layer in range(model.n_layers)
+    )
+    choice = choose_contrast(scores, model.n_layers)
+    if choice.chosen is None:
+        raise PromptError(f"The model reads {' and '.join(prompts.classes)} prompts alike: there is no direction.")
+    pos, layer = choice.chosen.pos, choice.chosen.layer
+    source = replace(_source(model, train), contrast=" − ".join(prompts.classes), position=pos, layer=layer)
+    yield Found(
+        direction=Direction.from_difference(raw[pos, layer], source),
+        choice=choice,
+        scores=scores,
+        refusal_tokens=(),
+        refusal_shares=(),
+        directions=raw,
+        positions=tuple(range(-model.template_positions - 1, 0)),
+        prompts=train,
+        validation=val,
+        harmful=activations["train", "harmful"],
+        harmless=activations["train", "harmless"],
+        val_harmful=activations["val", "harmful"],
+        val_harmless=activations["val", "harmless"],
+        counts={key: (len(read.prompts), len(read.prompts)) for key, read in reads.items()},
+    )
+
+
+def _apart(pos: int, layer: int, r: Tensor, first: Tensor, second: Tensor) -> CandidateScore:
+    """How far the held-out activations of the two classes lie apart along r."""
+    norm = r.norm().item()
+    if not norm >= ZERO_NORM:
+        return CandidateScore(pos, layer, None, None, None, norm)
+    a, b = (x.double() @ r / norm for x in (first, second))
+    return CandidateScore(pos, layer, None, None, None, norm, auroc=auroc(a, b), d_prime=d_prime(a, b))
+
+
+def refusal_token(model: ChatModel, text: str) -> int:
+    """The one token of `model` that `text` is; raises PromptError if it is none or several."""
+    if not text:
+        raise PromptError("There is no text: type the token that a refusal begins with.")
+    if len(text) > MOST_TOKEN_CHARACTERS:
+        raise PromptError(f"{len(text):,} characters are no token: type the first word of a refusal.")
+    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        pieces = ", ".join(f"“{model.tokenizer.decode([i])}”" for i in ids[:8]) + (", …" if len(ids) > 8 else "")
+        raise PromptError(f"“{text}” is {len(ids)} tokens of {model.name} ({pieces}): type one of them.")
+    return ids[0]
+
+
+def _source(model: ChatModel, train: PromptSet) -> Source:
+    return Source(
+        model=model.name,
+        revision=model.revision,
+        fingerprint=model.fingerprint,
+        prompts=train.source,
+        n_harmful=len(train.harmful),
+        n_harmless=len(train.harmless),
+    )
+
+
+def _read_sets(
+    model: ChatModel, train: PromptSet, val: PromptSet, stop: threading.Event | None
+) -> Generator[Progress, None, dict[tuple[str, str], _Read]]:
+    """Reads both classes of both splits; gives them by split and class, or nothing if `stop` was set meanwhile."""
+    reads: dict[tuple[str, str], _Read] = {}
+    sets = {("train", "harmful"): train.harmful, ("train", "harmless"): train.harmless}
+    sets |= {("val", "harmful"): val.harmful, ("val", "harmless"): val.harmless}
+    total, done = sum(map(len, sets.values())), 0
+    for key, texts in sets.items():
+        read = _Read(texts, torch.empty(0), torch.empty(0), [])
+        for part in _read(model, read):
+            done += part
+            yield Progress("reading prompts", done, total)
+            if stop is not None and stop.is_set():
+                return {}
+        reads[key] = read
+    return reads
 
 
 def _read(model: ChatModel, read: _Read) -> Iterator[int]:

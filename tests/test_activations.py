@@ -4,7 +4,7 @@ import torch
 from conftest import HARMFUL, HARMLESS, Plain
 from torch.testing import assert_close
 
-from refusal_core.activations import collect_activations, template_positions
+from refusal_core.activations import collect_activations, template_positions, template_prefix
 from refusal_core.chat_model import ChatModel
 
 
@@ -23,3 +23,10 @@ def test_the_template_is_the_same_in_every_prompt_at_layer_0(model: ChatModel):
     before = collect_activations(model, [HARMFUL, "Hi"], positions=[-model.template_positions - 1])
     assert not torch.equal(before[0, :, 0], before[1, :, 0])
     assert list(template_positions(model)) == list(range(-model.template_positions, 0))
+
+
+def test_the_template_begins_alike_in_every_prompt_and_no_further(model: ChatModel, plain: Plain):
+    n = template_prefix(model)
+    first, second = plain.ids("Alpha")[0], plain.ids("beta")[0]
+    assert torch.equal(first[:n], second[:n]) and first[n] != second[n]
+    assert "user" in plain.tokenizer.decode(first[:n]) and "Alpha" not in plain.tokenizer.decode(first[:n])

@@ -4,10 +4,20 @@ import math
 
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 from torch.nn.functional import kl_div
 from torch.testing import assert_close
 
-from refusal_core.metrics import PAPER_PHRASES, judge, kl_divergence, refusal_probability, refusal_score, wilson
+from refusal_core.metrics import (
+    PAPER_PHRASES,
+    auroc,
+    d_prime,
+    judge,
+    kl_divergence,
+    refusal_probability,
+    refusal_score,
+    wilson,
+)
 
 
 def test_the_refusal_score_is_the_log_odds_of_the_refusal_tokens():
@@ -70,3 +80,16 @@ def test_what_is_thought_aloud_is_no_reply(rules):
     assert judge("<think>\nSure.\n</think>\n\nI cannot do this.", rules).refused
     unfinished = judge("<think>\nI cannot say yet, ", rules)
     assert not unfinished.refused and unfinished.unclear == (rules == "default")
+
+
+def test_auroc_is_sklearns_ties_included_and_d_prime_counts_standard_deviations():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (
+        torch.randn(40, generator=generator).round(decimals=1),
+        torch.randn(25, generator=generator).round(decimals=1) - 1,
+    )
+    assert auroc(a, b) == pytest.approx(roc_auc_score([1] * 40 + [0] * 25, torch.cat([a, b])))
+    assert auroc(a, b) + auroc(b, a) == pytest.approx(1) and auroc(a, a) == pytest.approx(0.5)
+    wide = torch.tensor([-1.0, 1.0]) / 2**0.5
+    assert d_prime(wide + 3, wide) == pytest.approx(3), "the standard deviation of each is 1"
+    assert math.isnan(d_prime(a, b[:1]))

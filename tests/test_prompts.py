@@ -5,7 +5,16 @@ import json
 import pytest
 from jaxtyping import TypeCheckError
 
-from refusal_core.prompts import EMBEDDED, MAX_CHARACTERS, PromptError, load_prompts
+from refusal_core.prompts import (
+    EMBEDDED,
+    MAX_CHARACTERS,
+    PromptError,
+    distinct,
+    in_split,
+    load_prompts,
+    parse_file,
+    parse_lists,
+)
 
 SPLITS = ("train", "val", "test")
 
@@ -70,6 +79,14 @@ def test_a_file_without_splits_is_split_without_overlap(tmp_path, kind):
         (json.dumps({"text": "x" * (MAX_CHARACTERS + 1), "harmful": True}), "at most 8,000"),
         ('{"text": "a", "harmful": true, "split": "dev"}', "write train, val or test"),
         ("", "no harmful prompt"),
+        (
+            '{"text": "a", "harmful": true}\n\n{"text": "a", "harmful": false}',
+            "line 3: the same prompt is in the other",
+        ),
+        ('{"text": "a\\u0000", "harmful": true}', "line 1: it has characters that are no text"),
+        ('{"text": "a\\ud800", "harmful": true}', "line 1: it has characters that are no text"),
+        ("[" * 100_000, "line 1: JSON that is no list"),
+        (json.dumps({"text": "a", "harmful": "x" * 9_000}), "harmful is '" + "x" * 40 + "'"),
     ],
 )
 def test_a_file_that_cannot_be_used_says_why_in_one_sentence(tmp_path, text, says):
@@ -101,3 +118,59 @@ def test_two_files_make_two_classes_and_disjoint_splits(tmp_path):
     )
     with pytest.raises(PromptError, match=r"\.jsonl, \.json or \.csv"):
         load_prompts("train", bad)
+
+
+def test_two_lists_have_one_prompt_a_line_and_say_where_each_stood():
+    prompts = parse_lists("Hi\r\n\n  Hello \u2028 you  \n", "Go", ("polite", "rude"))
+    assert [(p.text, p.harmful) for p in prompts] == [("Hi", True), ("Hello \u2028 you", True), ("Go", False)]
+    assert prompts[1].where == "The list “polite”, line 3"
+    for first, second, says in (
+        ("Hi\n" + "x" * 100_000, "Go", "“polite”, line 2: 100,000 characters"),
+        (
+            "Hi\n\nHo",
+            "Go\nHo",
+            "“rude”, line 2: the same prompt is in the other class as well \\(The list “polite”, line 3",
+        ),
+    ):
+        with pytest.raises(PromptError, match=says):
+            distinct(parse_lists(first, second, ("polite", "rude")))
+
+
+def test_lists_are_split_by_a_seeded_draw_into_parts_that_do_not_overlap():
+    prompts = distinct(
+        parse_lists("\n".join(f"a{i}" for i in range(40)) + "\na3", "\n".join(f"b{i}" for i in range(20)))
+    )
+    parts = [in_split(prompts, split, "lists", ("a", "b")) for split in SPLITS]
+    assert [len(p.harmful) for p in parts] == [24, 6, 10] and [len(p.harmless) for p in parts] == [12, 3, 5]
+    assert sorted(t for p in parts for t in p.harmful) == sorted(f"a{i}" for i in range(40))
+    assert parts == [in_split(prompts, split, "lists", ("a", "b")) for split in SPLITS]
+    assert in_split(prompts, "train", "lists", seed=1).harmful != parts[0].harmful
+    assert parts[0].draw(5).classes == ("a", "b")
+    with pytest.raises(PromptError, match="lists has no b prompt in its train split"):
+        in_split(parse_lists("a", ""), "train", "lists", ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("m.csv", 'label,text\nRude,"Go\naway"\npolite,Hi'),
+        ("m.json", '[{"text": "Go\\naway", "label": "rude"}, {"text": "Hi", "label": "polite"}]'),
+        ("m.jsonl", '{"text": "Go\\naway", "label": "rude"}\n{"text": "Hi", "label": "polite"}'),
+    ],
+)
+def test_a_file_may_name_the_classes_in_a_column(name, text):
+    prompts = parse_file(name, text, ("polite", "rude"))
+    assert {(p.text, p.harmful) for p in prompts} == {("Go\naway", False), ("Hi", True)}
+    with pytest.raises(PromptError, match="label is 'rude'; write harmful or harmless"):
+        parse_file(name, text)
+
+
+def test_the_line_of_a_row_is_that_of_the_file():
+    for name, text, where in (
+        ("m.csv", 'text,harmful\n"two\nlines",true\nx,maybe', "m.csv, line 4"),
+        ("m.jsonl", '{"text": "\u2028", "harmful": true}\n\n{"text": ""}', "m.jsonl, line 1"),
+        ("m.json", '[{"text": "a", "harmful": 1}, 7]', "m.json, entry 2"),
+    ):
+        with pytest.raises(PromptError, match=where):
+            parse_file(name, text)
+    assert parse_file("m.jsonl", '{"text": "a\u2028b", "harmful": true}')[0].text == "a\u2028b"

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import Plain
+from sklearn.metrics import roc_auc_score
 
 from refusal_core.chat_model import ChatModel
 from refusal_core.prompts import PromptError, PromptSet, load_prompts
@@ -15,9 +16,12 @@ from refusal_core.selection import (
     Found,
     Progress,
     choose,
+    choose_contrast,
     derive_refusal_tokens,
+    find_contrast,
     find_direction,
     is_decided,
+    refusal_token,
 )
 
 
@@ -185,3 +189,67 @@ def test_a_direction_can_be_taken_from_any_cell(found: Found):
     again = found.candidate(chosen.pos, chosen.layer)
     assert torch.equal(again.unit, found.direction.unit)
     assert again.source == found.direction.source
+
+
+def test_a_contrast_is_the_difference_of_any_two_classes_where_held_out_prompts_lie_furthest_apart(
+    model: ChatModel, plain: Plain
+):
+    """Once more in plain transformers, prompt by prompt, of prompts that the model answers alike."""
+    harmless = load_prompts("train").harmless
+    first, second = ([t for t in harmless if t.endswith(end)] for end in ("?", "."))
+    classes = ("question", "order")
+    train, val = (PromptSet(tuple(first[i:j]), tuple(second[i:j]), classes=classes) for i, j in ((0, 6), (6, 10)))
+    *_, contrast = find_contrast(model, train, val)
+    assert isinstance(contrast, Found)
+    assert contrast.prompts.classes == classes and contrast.direction.source.contrast == "question − order"
+    assert set(contrast.prompts.harmful) == set(train.harmful), "nothing is filtered"
+    assert contrast.counts["val", "harmless"] == (4, 4) and contrast.refusal_tokens == ()
+    n = model.template_positions
+    means = [
+        torch.stack([plain.resid_pre(t)[:, -n:].double() for t in c]).mean(0) for c in (train.harmful, train.harmless)
+    ]
+    held_out = [plain.resid_pre(t)[:, -n:].double() for c in (val.harmful, val.harmless) for t in c]
+    best = {}
+    for score in contrast.scores:
+        r = (means[0] - means[1])[score.layer, score.pos]
+        if r.norm() < 1e-6:
+            assert score.auroc is None and contrast.choice.rejected[score] == "zero"
+            continue
+        along = torch.stack([x[score.layer, score.pos] @ r / r.norm() for x in held_out])
+        a, b = along[:4], along[4:]
+        d = (a.mean() - b.mean()) / ((a.var() + b.var()) / 2).sqrt()
+        assert score.auroc == pytest.approx(
+            roc_auc_score([1] * 4 + [0] * 4, along), abs=0.07
+        )  # a tie may fall either way
+        assert score.d_prime == pytest.approx(d.item(), rel=1e-2, abs=1e-2)
+        if score.layer < int(0.8 * model.n_layers):
+            best[score.pos, score.layer] = score.auroc, score.d_prime
+    source = contrast.direction.source
+    assert best[source.position, source.layer] == max(best.values())
+    expected = (means[0] - means[1])[source.layer, source.position]
+    assert torch.allclose(contrast.direction.unit.double(), expected / expected.norm(), atol=1e-4)
+    assert contrast.candidate(-1, 2).source.contrast
+
+
+def test_a_contrast_goes_by_auroc_then_d_prime_then_the_earliest():
+    def cell(pos: int, layer: int, auroc: float | None, d: float | None) -> CandidateScore:
+        return CandidateScore(pos, layer, None, None, None, 1.0 if auroc else 0.0, auroc=auroc, d_prime=d)
+
+    late, far, near = cell(-1, 8, 1.0, 9.0), cell(-1, 3, 0.9, 5.0), cell(-1, 2, 1.0, 2.0)
+    zero, single = cell(-2, 1, None, None), cell(-3, 1, 1.0, math.nan)
+    choice = choose_contrast([late, far, near, zero, single, cell(-1, 4, 1.0, 2.0)], n_layers=10)
+    assert choice.chosen == near and choice.runner_up == cell(-1, 4, 1.0, 2.0)
+    assert choice.rejected == {late: "layer", zero: "zero"} and choice.relaxed is None
+    assert choose_contrast([zero, late], n_layers=10).chosen is None
+
+
+def test_a_refusal_token_is_exactly_one_token(model: ChatModel, found: Found):
+    for token in found.refusal_tokens:
+        assert refusal_token(model, str(model.tokenizer.decode([token]))) == token
+    for text, says in (
+        ("", "There is no text"),
+        ("Sorry about", "is 2 tokens of embedded model .“Sorry”, “ about”."),
+        ("a" * 101, "101 characters are no token"),
+    ):
+        with pytest.raises(PromptError, match=says):
+            refusal_token(model, text)

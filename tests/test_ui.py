@@ -5,7 +5,6 @@ import json
 import os
 import queue
 import random
-import re
 import shutil
 import signal
 import socket
@@ -32,7 +31,6 @@ from refusal_core.generation import stream_side_by_side
 from refusal_core.interventions import Intervention
 from refusal_core.prompts import PromptError
 from refusal_core.ui.engine import EMBEDDED, Engine, Engines, Ready
-from refusal_core.ui.find import asked_cell
 from refusal_core.ui.measure import Wish
 from refusal_core.ui.page import Handlers, Visit
 from refusal_core.ui.talk import (
@@ -720,68 +718,6 @@ def open_find(tab: Page) -> None:
 def take(tab: Page, position: int, layer: int) -> None:
     tab.locator(f"[data-cell='{position} {layer}']").click()
     expect(tab.locator(f"[data-cell='{position} {layer}'].used")).to_be_visible()
-
-
-def test_the_candidates_are_those_of_the_search_and_the_choice_is_marked(tab, ready):
-    open_find(tab)
-    expect(tab.locator(".cell-button")).to_have_count(len(ready.found.scores))
-    source = ready.found.direction.source
-    expect(tab.locator(f"[data-cell='{source.position} {source.layer}']")).to_have_class(re.compile("chosen"))
-    expect(tab.locator(".cell-button.used")).to_have_count(1)
-    expect(tab.locator("[data-funnel] li b").first).to_have_text(str(len(ready.found.scores)))
-    rejected = next(s for s, rule in ready.found.choice.rejected.items() if rule == "layer")
-    tab.locator(f"[data-cell='{rejected.pos} {rejected.layer}']").hover()
-    expect(tab.locator("[data-why]")).to_contain_text("Discarded: it lies in the last")
-
-
-def test_a_click_takes_another_direction_everywhere_and_for_this_visitor_only(chromium, app, tab, ready):
-    source = ready.found.direction.source
-    other, _ = open_tab(chromium, app)
-    expect(other.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
-    idle(other)
-    before = replies(tab)
-    open_find(tab)
-    tab.locator("[data-measure='kl']").click()
-    take(tab, source.position, 1)
-    expect(tab.locator("[data-direction]")).to_contain_text("layer 1")
-    expect(tab.locator("[data-direction]")).to_contain_text("chosen by hand")
-    tab.get_by_role("tab", name="Talk").click()
-    expect(tab.locator("[data-where]")).to_contain_text("at layer 1,")
-    idle(tab)
-    after = replies(tab)
-    assert before[0] == after[0] and before[2] != after[2], "layer 1 does not induce refusal"
-    expect(other.locator("[data-direction]")).to_contain_text(f"layer {source.layer}")
-    ask(other, OPENING)
-    assert replies(other) == before
-    other.context.close()
-    open_find(tab)
-    tab.get_by_role("button", name="Back to the rule’s choice").click()
-    expect(tab.locator("[data-direction]")).to_contain_text("passed every rule")
-    tab.get_by_role("tab", name="Talk").click()
-    idle(tab)
-    expect(tab.locator("[data-where]")).to_contain_text(f"at layer {source.layer},")
-
-
-def test_unknown_cells_are_measured_on_demand_and_a_direction_taken_meanwhile_stays(tab, ready):
-    open_find(tab)
-    position = ready.found.direction.source.position
-    assert tab.locator(".cell-button.unknown:not(:disabled)").count() > 0
-    tab.get_by_role("button", name="Measure them").click()
-    expect(tab.locator("[data-filling]")).to_contain_text("scoring", timeout=30_000)
-    take(tab, position, 2)
-    expect(tab.locator(".cell-button.unknown:not(:disabled)")).to_have_count(0, timeout=60_000)
-    expect(tab.locator(f"[data-cell='{position} 2'].used")).to_be_visible()
-    expect(tab.locator("[data-direction]")).to_contain_text("layer 2")
-    expect(tab.get_by_role("button", name="Measure them")).to_be_hidden()
-    expect(tab.locator("progress:visible")).to_have_count(0)
-
-
-@pytest.mark.parametrize("forged", [(1, 1), (-1, 999), ("-1", 3), ([1], {}), (True, 3), (None, 3), (-1, None)])
-def test_a_forged_cell_is_refused(ready, forged):
-    with pytest.raises(DirectionError, match="no candidate there"):
-        ready.using(asked_cell(SimpleNamespace(position=forged[0], layer=forged[1])))
-    assert asked_cell(SimpleNamespace()) is None
-    assert ready.using((-1, 1)).using(None).direction is ready.found.direction
 
 
 def test_the_replies_are_tinted_and_the_number_of_a_token_is_a_key_away(tab):

@@ -43,6 +43,7 @@ function drawReady(view) {
   find('.facts').hidden = view.state === 'waiting';
   all('[data-ready]').forEach((node) => { node.hidden = view.state !== 'ready'; });
   find('[data-toy]').hidden = !(view.state === 'ready' && view.model.organism);
+  find('[data-meaning-of]').hidden = true;
   if (view.state !== 'ready') return;
   const { model, direction } = view;
   find('[data-model]').replaceChildren(make('b', model.name), ` ${model.parameters}, ${model.layers} layers`);
@@ -52,6 +53,8 @@ function drawReady(view) {
     ` A model organism of ${model.parameters} parameters, trained from scratch on generated sentences to show one phenomenon. `
       + 'What it says is form without knowledge.',
   );
+  find('[data-meaning-of]').hidden = !direction.meaning;
+  find('[data-meaning-of]').textContent = direction.meaning;
   const chip = find('[data-direction]');
   chip.replaceChildren(
     make('b', `layer ${direction.layer}`),
@@ -75,11 +78,11 @@ function drawSheet(sheet, direction) {
     if (index) tokens.append(', ');
     tokens.append(make('code', readable(token.text)), ` ${Math.round(100 * token.share)} %`);
   });
-  tokens.append(' “start like a refusal”: the first tokens most raised on harmful prompts, with their share there.');
+  tokens.append(' “start like a refusal”, with the share of replies to harmful prompts that do.');
   sheet.replaceChildren(
     make('p', direction.rule),
     scores,
-    make('p', `The difference of mean activations over ${direction.prompts} that the untouched model treats as expected, `
+    make('p', `The difference of mean activations over ${direction.prompts}, `
       + 'read at the input of the layer (resid_pre), counted from 0; position −1 is the last token before the reply.'),
     tokens,
   );
@@ -148,10 +151,10 @@ async function copyLink() {
   const state = {};
   document.dispatchEvent(new CustomEvent('gather', { detail: state }));
   const tab = document.querySelector('#tabs [role="tab"][aria-selected="true"]').textContent.trim();
-  const { model, position, layer, isSaved } = told;
-  const here = isSaved ? {} : { position, layer };
+  const { model, position, layer, isSaved, isOwn } = told;
+  const here = isSaved || isOwn ? {} : { position, layer };
   const { text: hash, left } = await packed({ ...state, ...here, model, tab });
-  const lost = [isSaved && 'A direction from a file is not part of it: hand the file on as well.', left && `${left} of the messages were too much for a link and are not in it.`].filter(Boolean);
+  const lost = [isOwn && 'A direction that you had found is not part of it: save it as a file, and hand that on.', isSaved && !isOwn && 'A direction from a file is not part of it: hand the file on as well.', left && `${left} of the messages were too much for a link and are not in it.`].filter(Boolean);
   history.replaceState(null, '', `#${hash}`);
   try {
     await navigator.clipboard.writeText(location.href);
@@ -166,7 +169,7 @@ let told = null;
 /** Says which direction is in use to the parts of the page that depend on it. */
 function tell({ model, direction }) {
   const { position, layer, digest } = direction;
-  const now = { model: model.name, position, layer, digest, isSaved: direction.mark === 'from a file' };
+  const now = { model: model.name, position, layer, digest, isSaved: direction.mark === 'from a file', isOwn: direction.own };
   if (JSON.stringify(now) === JSON.stringify(told)) return;
   const newModel = told === null || told.model !== now.model;
   told = now;

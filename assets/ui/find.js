@@ -4,9 +4,15 @@ const MEANING = {
   bypass: 'Log-odds that replies to harmful prompts start like a refusal once the direction is removed: lower is stronger.',
   induce: 'Log-odds that replies to harmless prompts start like a refusal once it is added: above 0 it induces refusal.',
   kl: 'What removing it costs on harmless prompts: nats between the first tokens with and without it, at most 0.1.',
+  auroc: 'Chance that a prompt of the first class lies further along the direction than one of the second; neither was it made from.',
+  d_prime: 'How far the two classes lie apart along the direction, in standard deviations, on prompts it was not made from.',
 };
+const NAME = { bypass: 'bypass', induce: 'induce', kl: 'KL', auroc: 'AUROC', d_prime: 'd′' };
+const OF_REFUSAL = ['bypass', 'induce', 'kl'];
+const OF_CONTRAST = ['auroc', 'd_prime'];
 const REACH = 12; // the log-odds at which the colour is full
 const KL_REACH = 0.3;
+const D_PRIME_REACH = 6;
 
 let view = null;
 let measure = 'bypass';
@@ -14,13 +20,14 @@ let filling = null; // how far the unknown cells are being measured
 
 function shown(name, value) {
   if (value === null) return 'not measured';
-  const text = name === 'kl' ? value.toFixed(3) : `${value < 0 ? '' : '+'}${value.toFixed(name === 'norm' ? 2 : 1)}`;
+  const text = name === 'kl' || name === 'auroc' ? value.toFixed(3) : `${value < 0 ? '' : '+'}${value.toFixed(name === 'norm' ? 2 : 1)}`;
   return text.replace('-', '−');
 }
 
 function colour(value) {
-  if (measure === 'kl') {
-    const share = Math.min(1, Math.max(0, value / KL_REACH));
+  if (measure === 'kl' || view.contrast) {
+    const reached = { kl: value / KL_REACH, auroc: 2 * value - 1, d_prime: value / D_PRIME_REACH }[measure];
+    const share = Math.min(1, Math.max(0, reached));
     return `color-mix(in oklab, color-mix(in oklab, #fde945 ${100 * share}%, #2a4a86) 42%, var(--ground))`;
   }
   const strength = Math.min(1, Math.abs(value) / REACH);
@@ -31,8 +38,12 @@ function is(cell, [position, layer]) {
   return cell.position === position && cell.layer === layer;
 }
 
+function measures() {
+  return view.contrast ? OF_CONTRAST : OF_REFUSAL;
+}
+
 function said(cell) {
-  const scores = ['bypass', 'induce', 'kl'].map((name) => `${name} ${shown(name, cell[name])}`).join(', ');
+  const scores = measures().map((name) => `${NAME[name]} ${shown(name, cell[name])}`).join(', ');
   const marks = [is(cell, view.rule) && 'the rule’s choice', is(cell, view.used) && 'in use'].filter(Boolean).join(', ');
   return [`Layer ${cell.layer}, position ${cell.position}: ${scores}.`, cell.why, marks].filter(Boolean).join(' ');
 }
@@ -87,9 +98,7 @@ function drawDetail(cell) {
   const token = view.positions.find((p) => p.position === cell.position).token;
   const rows = [
     ['where', `input of layer ${cell.layer}, position ${String(cell.position).replace('-', '−')} ${readable(token)}`],
-    ['bypass', shown('bypass', cell.bypass)],
-    ['induce', shown('induce', cell.induce)],
-    ['KL', shown('kl', cell.kl)],
+    ...measures().map((name) => [NAME[name], shown(name, cell[name])]),
     ['size ‖r‖', shown('norm', cell.norm).replace('+', '')],
   ];
   find('[data-detail]').replaceChildren(...rows.map(([name, value]) => {
@@ -97,7 +106,7 @@ function drawDetail(cell) {
     row.append(make('dt', name), make('dd', value));
     return row;
   }));
-  find('[data-why]').textContent = cell.why || (is(cell, view.rule) ? 'The rule’s choice: the lowest bypass of those that are left.' : '');
+  find('[data-why]').textContent = cell.why || (is(cell, view.rule) ? `The rule’s choice: ${view.contrast ? 'the furthest apart' : 'the lowest bypass'} of those that are left.` : '');
 }
 
 function drawFunnel() {
@@ -138,10 +147,52 @@ function draw() {
   find('.find-body').hidden = false;
   drawError(view.error);
   find('[data-reset]').hidden = view.used.join(' ') === view.rule.join(' ');
+  if (find('[data-origin]').textContent !== view.origin) find('[data-origin]').textContent = view.origin; // said once
+  find('[data-drop]').hidden = !view.own;
+  if (!measures().includes(measure)) [measure] = measures();
   drawMeasure();
   drawFunnel();
   drawFilling();
-  drawDetail(view.cells.find((cell) => is(cell, view.used)));
+  drawDetail(view.cells.find((cell) => is(cell, view.used)) || view.cells.find((cell) => is(cell, view.rule)));
+  drawSearch(view);
+  readPrompt();
+}
+
+// -- a prompt as the model reads it ---------------------------------------------------------------------------------
+
+let reading = null; // the message that was asked for last, and the model
+
+/** Asks for the tokens of the message in Talk, when it or the model has changed since; the tab must be in sight. */
+function readPrompt() {
+  if (!view || !element.offsetWidth) return;
+  const prompt = document.querySelector('#talk [data-prompt]')?.value || '';
+  const wanted = JSON.stringify([view.model, prompt, document.querySelector('#talk .turn:last-child .words')?.textContent]);
+  if (reading === wanted) return;
+  reading = wanted;
+  trigger('read_prompt', { prompt });
+}
+
+function piece({ text, template, position }) {
+  const item = make('li', undefined, template ? 'template' : '');
+  item.append(make('code', readable(text)));
+  if (position !== null) item.append(make('small', String(position).replace('-', '−')));
+  item.title = template ? 'of the template' : 'of the message';
+  if (template) item.append(make('span', ' (template)', 'unseen'));
+  return item;
+}
+
+function drawRead(next) {
+  const pieces = find('[data-pieces]');
+  if (next.error) {
+    find('[data-read-meaning]').textContent = next.error;
+    pieces.replaceChildren();
+    return;
+  }
+  find('[data-read-meaning]').textContent = `The message of Talk alone, as prompts are read when a direction is looked for: ${next.n} tokens, ${next.n_template} of the chat template (boxed). `
+    + 'Positions count from the end, where the reply begins.';
+  const nodes = next.tokens.map(piece);
+  if (next.left_out) nodes.splice(next.cut, 0, make('li', `… ${next.left_out} tokens left out …`, 'left-out'));
+  pieces.replaceChildren(...nodes);
 }
 
 function drawError(sentence) {
@@ -152,7 +203,10 @@ function drawError(sentence) {
 
 function drawMeasure() {
   find('[data-meaning]').textContent = MEANING[measure];
-  all('[data-measure]').forEach((node) => node.setAttribute('aria-pressed', String(node.dataset.measure === measure)));
+  all('[data-measure]').forEach((node) => {
+    node.hidden = !measures().includes(node.dataset.measure);
+    node.setAttribute('aria-pressed', String(node.dataset.measure === measure));
+  });
   drawCells();
 }
 
@@ -160,6 +214,9 @@ all('[data-measure]').forEach((node) => node.addEventListener('click', () => {
   measure = node.dataset.measure;
   drawMeasure();
 }));
+find('[data-drop]').addEventListener('click', () => trigger('drop', {}));
+new ResizeObserver(readPrompt).observe(element);
+document.addEventListener('rendered', ({ detail }) => { if (element.isConnected && detail) drawRead(detail); });
 find('[data-reset]').addEventListener('click', () => trigger('choose', {}));
 find('[data-fill]').addEventListener('click', () => {
   filling = ['starting', 0, 1];

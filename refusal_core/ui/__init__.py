@@ -6,7 +6,8 @@
     talk      one prompt, three replies: unchanged, direction removed, direction added
     forecast  what the panes are about to say to a message, at every strength
     map       where harmful and harmless prompts lie, layer by layer
-    find      every candidate direction with its scores; one of them can be taken
+    find      every candidate direction with its scores; one of them can be taken; a prompt as the model reads it
+    search    a direction found anew for one visitor, from prompts or with refusal tokens of their own
     engine    the model and its direction, prepared in the background and shared by all visitors
 
 Each part is a small component of its own: markup and script in `assets/ui`, data from here. What users and models

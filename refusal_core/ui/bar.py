@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from refusal_core.chat_model import THINKING
-from refusal_core.selection import KL_LIMIT, LAYER_SHARE, CandidateScore, Choice, Progress, Rule
+from refusal_core.chat_model import THINKING, ChatModel
+from refusal_core.directions import Source
+from refusal_core.selection import KL_LIMIT, LAYER_SHARE, CandidateScore, Choice, Found, Progress, Rule
 from refusal_core.ui.engine import Failed, Ready, Status
 
 BROKEN: dict[Rule, str] = {
@@ -65,30 +66,67 @@ def _direction_view(ready: Ready) -> dict:
     found, source = ready.found, ready.direction.source
     score = ready.score
     by_rule = score is not None and source == found.direction.source
+    contrast = source.contrast
     return {
-        "digest": ready.direction.digest,
+        "digest": ready.digest,
         "layer": source.layer,
         "position": source.position,
         "token": ready.model.template_tokens[source.position],
         "norm": f"{ready.direction.norm:.3g}",
         "mark": "from a file"
         if score is None
+        else contrast
+        if contrast
         else "chosen by hand"
         if not by_rule
         else "rule relaxed"
         if found.choice.relaxed
         else "passed every rule",
-        "passed": by_rule and found.choice.relaxed is None,
-        "rule": _rule(found.choice) if by_rule else _by_hand(ready),
+        "passed": by_rule and found.choice.relaxed is None and not contrast,
+        "own": bool(ready.own),
+        "meaning": _meaning(ready) if contrast else "",
+        "rule": (_rule(found.choice) if not contrast else BY_SEPARATION) if by_rule else _by_hand(ready),
         "scores": _scores(score) if score else [],
-        "prompts": "prompts that the file does not name"
-        if source.origin
-        else f"{source.n_harmful} harmful and {source.n_harmless} harmless prompts",
-        "refusal_tokens": [
-            {"text": ready.model.tokenizer.decode([token]), "share": share}
-            for token, share in zip(found.refusal_tokens, found.refusal_shares, strict=True)
-        ],
+        "prompts": _prompts(source),
+        "refusal_tokens": tokens_view(ready.model, found),
     }
+
+
+def _prompts(source: Source) -> str:
+    if source.origin:
+        return "prompts that the file does not name"
+    if source.contrast:
+        return f"{source.n_harmful} and {source.n_harmless} prompts of its two classes"
+    return f"{source.n_harmful} harmful and {source.n_harmless} harmless prompts that the untouched model treats as expected"
+
+
+def tokens_view(model: ChatModel, found: Found) -> list[dict]:
+    """The tokens that count as the beginning of a refusal, with their share on harmful prompts."""
+    return [
+        {"id": token, "text": str(model.tokenizer.decode([token])), "share": share}
+        for token, share in zip(found.refusal_tokens, found.refusal_shares, strict=True)
+    ]
+
+
+BY_SEPARATION = (
+    "No refusal direction: the cell is the one at which prompts of its two classes that it was not made from lie furthest "
+    "apart (AUROC, then d′)."
+)
+
+
+def _meaning(ready: Ready) -> str:
+    """What the page's words mean for a direction that is not about refusal."""
+    contrast, (first, second) = ready.direction.source.contrast, ready.found.prompts.classes
+    read_as = (
+        f" At the dials, on the map, in the tints and in Inside read {first} for harmful, refusing and more refusal, and "
+        f"{second} for harmless, answering and less refusal; Measure asks the app’s harmful and harmless prompts."
+        if ready.found.direction.source.contrast == contrast
+        else ""
+    )
+    return (
+        f"This direction is {contrast}, not refusal: “starts like a refusal”, “refused” and “answered” say what it does to "
+        f"refusals, and nothing about what it is made of.{read_as}"
+    )
 
 
 def _rule(choice: Choice) -> str:
@@ -118,6 +156,12 @@ def _by_hand(ready: Ready) -> str:
 def _scores(chosen: CandidateScore) -> list[dict]:
     """The chosen candidate's numbers, each with what it means."""
     rows = (
+        (
+            "AUROC",
+            chosen.auroc,
+            "chance that a held-out prompt of the first class lies further along than one of the second",
+        ),
+        ("d′", chosen.d_prime, "distance of the two means in standard deviations, held-out prompts"),
         ("bypass", chosen.bypass, "log-odds of starting like a refusal, harmful prompts, direction removed"),
         ("induce", chosen.induce, "log-odds of starting like a refusal, harmless prompts, direction added"),
         ("KL", chosen.kl, "nats between the untouched model and the model without it, harmless prompts"),

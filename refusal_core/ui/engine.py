@@ -3,6 +3,7 @@
 The page is up while the model loads: `Engine.status` says how far that is, and `Engine.changes` waits for news.
 """
 
+import hashlib
 import math
 import threading
 import time
@@ -24,21 +25,38 @@ from refusal_core.selection import CandidateScore, Found, Progress
 
 EMBEDDED = "embedded model"
 MOST_LOADED = 3
-MOST_MAPS = 16
+MOST_MAPS = 64
+"""How many maps, and how many layouts, an engine keeps: those that were asked for last."""
 
 Cell = tuple[int, int]
 """A candidate of the selection map: template position and layer."""
 
+MapKey = tuple[int, str, str, str]
+"""Of a map: position, axes, the prompts it is made from, and the direction it is made along, if it is."""
+
+_LAYING_OUT = threading.Lock()
+"""UMAP's compiled code ends the program when two threads of it, of one model or of two, are in it at once."""
+
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """Everything the page needs: the model, what was found, the direction in use, and prompts it has not seen."""
+    """Everything the page needs: the model, what was found, the direction in use, and prompts it has not seen.
+
+    `own` says what a visitor had it found from, and `set_aside` how many of those prompts `examples` has then.
+    """
 
     model: ChatModel
     found: Found
     direction: Direction
     examples: PromptSet
     is_organism: bool
+    own: str = ""
+    set_aside: int = 0
+
+    @property
+    def digest(self) -> str:
+        """Names what results depend on besides the model: the direction, and the tokens that count as a refusal."""
+        return f"{self.direction.digest} {hashlib.sha256(repr(self.found.refusal_tokens).encode()).hexdigest()[:8]}"
 
     @property
     def score(self) -> CandidateScore | None:
@@ -101,10 +119,9 @@ class Engine:
         self._news = threading.Condition()
         self._closing = threading.Event()
         self.thread: threading.Thread | None = None
-        self._maps: dict[tuple[int, str, str], tuple[LayerMap, ...]] = {}
+        self._maps: dict[MapKey, tuple[LayerMap, ...]] = {}
         self._maps_lock = threading.Lock()
-        self._umaps: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
-        self._umap_lock = threading.Lock()
+        self._umaps: dict[tuple[str, int, int], tuple[np.ndarray, np.ndarray]] = {}
         self._filling = threading.Lock()
         self._turn = turn or threading.Lock()
 
@@ -134,10 +151,7 @@ class Engine:
                 yield status
 
     def maps(self, ready: Ready, pos: int, axes: str = "pca") -> tuple[LayerMap, ...]:
-        """The prompts at template position `pos`, layer by layer, on the `axes` of a `prompt_map`.
-
-        Computed once; the `MOST_MAPS` that were asked for last are kept.
-        """
+        """The prompts at template position `pos`, layer by layer, on the `axes` of a `prompt_map`; computed once."""
         with self._maps_lock:
             key = _map_key(ready, pos, axes)
             maps = self._maps.pop(key, None)
@@ -146,13 +160,12 @@ class Engine:
             elif maps is None:
                 components = self._maps.get(_map_key(ready, pos, "pca")) or pca_maps(ready.found, pos)
                 maps = turned(components) if axes == "turned" else components
+            _make_room(self._maps)
             self._maps[key] = maps
-            while len(self._maps) > MOST_MAPS:
-                self._maps.pop(next(iter(self._maps)))
             return maps
 
     def known_maps(self, ready: Ready) -> dict[tuple[int, str], tuple[LayerMap, ...]]:
-        """The maps computed so far that belong to the direction in use, by position and axes."""
+        """The maps of these prompts computed so far that belong to the direction in use, by position and axes."""
         with self._maps_lock:
             return {key[:2]: maps for key, maps in self._maps.items() if key == _map_key(ready, *key[:2])}
 
@@ -163,8 +176,10 @@ class Engine:
 
         One at a time, because each takes seconds of all processors; it is not begun if `stop` is set before its turn.
         """
-        if (pos, layer) not in self._umaps:
-            if self._umap_lock.locked():
+        key = ready.found.digest, pos, layer
+        layout = self._umaps.get(key)
+        if layout is None:
+            if _LAYING_OUT.locked():
                 stage = "waiting for another layout"
             elif umap_is_loaded():
                 stage = "laying the prompts out"
@@ -172,17 +187,18 @@ class Engine:
                 stage = "preparing UMAP, which takes half a minute the first time"
             # Nothing is yielded under the lock: who goes away in between would keep it.
             yield Progress(stage, 0, 0)
-            while not self._umap_lock.acquire(timeout=0.2):
+            while not _LAYING_OUT.acquire(timeout=0.2):
                 if stop.is_set():
                     return
             try:
                 if stop.is_set():
                     return
-                if (pos, layer) not in self._umaps:
-                    self._umaps[pos, layer] = umap_layout(ready.found, pos, layer)
+                layout = self._umaps.get(key) or umap_layout(ready.found, pos, layer)
+                _make_room(self._umaps)
+                self._umaps[key] = layout
             finally:
-                self._umap_lock.release()
-        yield self._umaps[pos, layer]
+                _LAYING_OUT.release()
+        yield layout
 
     def fill(self) -> Iterator[Progress]:
         """Measures every candidate; whoever asks while somebody else's run goes on waits for that one.
@@ -193,10 +209,9 @@ class Engine:
             ready = self._status
             if not isinstance(ready, Ready) or all(is_known(s) for s in ready.found.scores):
                 return
-            train, val = load_prompts("train", self.prompts), load_prompts("val", self.prompts)
-            for news in find_or_recall(ready.model, train, val, complete=True, stop=self._closing):
-                if isinstance(news, Found):
-                    self._say(replace(ready, found=replace(ready.found, scores=news.scores, choice=news.choice)))
+            for news in filled(ready, self._closing):
+                if isinstance(news, Ready):
+                    self._say(news)
                 else:
                     yield news
 
@@ -291,12 +306,31 @@ class Engines:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
 
-def _map_key(ready: Ready, pos: int, axes: str) -> tuple[int, str, str]:
+def _map_key(ready: Ready, pos: int, axes: str) -> MapKey:
     """Principal components do not depend on the direction in use."""
-    return pos, axes, ready.direction.digest if axes == "along" else ""
+    return pos, axes, ready.found.digest, ready.direction.digest if axes == "along" else ""
+
+
+def filled(ready: Ready, stop: threading.Event) -> Iterator[Progress | Ready]:
+    """The same with every candidate measured, after progress; ends early when `stop` is set."""
+    found = ready.found
+    search = find_or_recall(
+        ready.model, found.prompts, found.validation, refusal_tokens=found.refusal_tokens, complete=True, stop=stop
+    )
+    for news in search:
+        if isinstance(news, Found):
+            yield replace(ready, found=replace(found, scores=news.scores, choice=news.choice))
+        else:
+            yield news
 
 
 def is_known(score: CandidateScore) -> bool:
     """Whether everything that can be measured of a candidate has been."""
     is_zero = score.norm is not None and score.norm < ZERO_NORM
-    return is_zero or None not in (score.bypass, score.induce, score.kl)
+    return is_zero or score.auroc is not None or None not in (score.bypass, score.induce, score.kl)
+
+
+def _make_room(cache: dict) -> None:
+    """Lets go of what was computed longest ago, so that many visitors' directions do not fill the memory."""
+    while len(cache) >= MOST_MAPS:
+        cache.pop(next(iter(cache)))

@@ -12,7 +12,7 @@ from refusal_core.evaluation import DoseResponse, dose_response
 from refusal_core.geometry import place
 from refusal_core.metrics import refusal_probability
 from refusal_core.plots import star_on_map
-from refusal_core.prompts import PromptError
+from refusal_core.prompts import CLASSES, PromptError
 from refusal_core.ui.engine import Engine, Ready
 from refusal_core.ui.talk import Ask, Turn, conversation, next_turn
 
@@ -40,7 +40,7 @@ def forecast(engine: Engine, ready: Ready, turns: Sequence[Turn], ask: Ask) -> d
         "unchanged": refusal_probability(output.logits, tokens).item(),
         "removal": _curve(removal),
         "addition": _curve(addition),
-        "place": {"sentence": _sentence(here.beyond_harmless, here.beyond_harmful)},
+        "place": {"sentence": _sentence(here.beyond_harmless, here.beyond_harmful, found.prompts.classes)},
         "stars": {
             f"{pos} {axes}": star_on_map(maps, activations[found.positions.index(pos)].numpy(), axes)
             for (pos, axes), maps in engine.known_maps(ready).items()
@@ -52,20 +52,24 @@ def _curve(response: DoseResponse) -> dict:
     return {"scales": response.scales, "refusal": response.refusal, "flip": response.flips_at}
 
 
-def _sentence(beyond_harmless: float, beyond_harmful: float) -> str:
+def _sentence(beyond_harmless: float, beyond_harmful: float, classes: tuple[str, str] = CLASSES) -> str:
+    harmful, harmless = classes
+    further = f"further toward {'refusal' if classes == CLASSES else harmful}"
     if math.isclose(beyond_harmful, 1):
-        return "This prompt lies further toward refusal than every harmful prompt the direction was made from."
+        return f"This prompt lies {further} than every {harmful} prompt the direction was made from."
     if beyond_harmful:
         return (
-            f"This prompt lies further toward refusal than {_percent(beyond_harmless)} of the harmless prompts "
-            f"and {_percent(beyond_harmful)} of the harmful ones."
+            f"This prompt lies {further} than {_percent(beyond_harmless)} of the {harmless} prompts "
+            f"and {_percent(beyond_harmful)} of the {harmful} ones."
         )
     if beyond_harmless:
         return (
-            f"This prompt lies further toward refusal than {_percent(beyond_harmless)} of the harmless prompts, "
-            "and less far than every harmful one."
+            f"This prompt lies {further} than {_percent(beyond_harmless)} of the {harmless} prompts, "
+            f"and less far than every {harmful} one."
         )
-    return "This prompt lies less far toward refusal than every prompt the direction was made from."
+    return (
+        f"This prompt lies {further.replace('further', 'less far', 1)} than every prompt the direction was made from."
+    )
 
 
 def _percent(share: float) -> str:

@@ -50,7 +50,7 @@ def inside_view(ready: Ready, texts: Sequence[object] = PAIR) -> dict:
     titles = [*prompts, "the second minus the first, token by token from the end"]
     return {
         "model": model.name,
-        "direction": direction.digest,
+        "direction": ready.digest,
         "prompts": prompts,
         "maps": [
             {"title": title, "figure": reading_map(*figure, reach).to_json()}
@@ -100,7 +100,7 @@ def _writers(ready: Ready, writers: Writers, first: Attribution, exact: Patching
     shown = sorted(patched or ranked[:N_TOP], key=ranked.index)
     return {
         "model": ready.model.name,
-        "direction": ready.direction.digest,
+        "direction": ready.digest,
         "direct": writer_map(direct, columns, "of ‖r‖").to_json(),
         "first": writer_map(effects, columns, "log-odds").to_json(),
         "columns": columns,

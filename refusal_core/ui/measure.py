@@ -76,7 +76,7 @@ def _report(ready: Ready, report: Report) -> dict:
         "fingerprint": report.fingerprint,
         "revision": report.revision,
         "toy": ready.is_organism,
-        "direction": asdict(ready.direction.source) | {"norm": ready.direction.norm, "digest": ready.direction.digest},
+        "direction": asdict(ready.direction.source) | {"norm": ready.direction.norm, "digest": ready.digest},
         "prompts": report.prompts,
         "rules": report.rules,
         "max_new_tokens": report.max_new_tokens,

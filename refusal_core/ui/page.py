@@ -14,19 +14,21 @@ from refusal_core.chat_model import ModelError
 from refusal_core.directions import Direction, DirectionError
 from refusal_core.formats import read_direction, to_gguf
 from refusal_core.prompts import PromptError
-from refusal_core.selection import Progress
+from refusal_core.selection import Progress, refusal_token
 from refusal_core.ui.bar import bar_view
 from refusal_core.ui.component import part, relay
 from refusal_core.ui.engine import Cell, Engine, Engines, Failed, Ready, Status
-from refusal_core.ui.find import asked_cell, find_view
+from refusal_core.ui.find import asked_cell, find_view, rendered_view
 from refusal_core.ui.forecast import forecast
 from refusal_core.ui.inside import PAIR, inside_view, writers_view
 from refusal_core.ui.map import map_view, umap_view
 from refusal_core.ui.measure import Wish, measured
-from refusal_core.ui.talk import MAX_NEW_TOKENS, Ask, Stops, Turn, opening_view, talk, tint, view
+from refusal_core.ui.search import Search, Searches, search
+from refusal_core.ui.talk import MAX_NEW_TOKENS, OPENING, Ask, Stops, Turn, opening_view, talk, tint, view
 
 VISITORS_AT_ONCE = 16
 FORECASTS_AT_ONCE = 4
+SEARCHES_AT_ONCE = 2
 TITLE = "Refusal is a direction"
 SENT = (
     "run",
@@ -44,6 +46,9 @@ SENT = (
 )
 """The fields of a request to the Talk tab."""
 
+SOUGHT = ("run", "prompts", "kind", "first", "second", "first_name", "second_name", "file_name", "file_text", "tokens")
+"""The fields of a search for another direction."""
+
 Turns = tuple[Turn, ...]
 
 FAILURE = "Something went wrong here, and the log says what: try it again."
@@ -53,12 +58,14 @@ FAILURE = "Something went wrong here, and the log says what: try it again."
 class Visit:
     """What a visitor has chosen: a model by its name, a candidate of its map; None is what the app chose.
 
-    A `direction` that they brought along comes before the cell.
+    A `direction` that they brought along comes before the cell. `search` is the session whose own search the candidates
+    are from.
     """
 
     model: str | None = None
     cell: Cell | None = None
     direction: Direction | None = None
+    search: str | None = None
 
 
 class Handlers:
@@ -67,6 +74,7 @@ class Handlers:
     def __init__(self, engines: Engines, stops: Stops, most_tokens: int) -> None:
         self._engines, self._stops, self._most_tokens = engines, stops, most_tokens
         self._measurements, self._looks, self._layouts = Stops(), Stops(), Stops()
+        self._searches = Searches(stops)
         self._loads: dict[str, int] = {}
 
     def open_page(self) -> Iterator[tuple]:
@@ -75,7 +83,7 @@ class Handlers:
         for status in engine.changes():
             if isinstance(status, Ready):
                 yield self._bar(status), opening_view(status), gr.skip(), gr.skip()
-                yield gr.skip(), gr.skip(), map_view(engine, status), find_view(status)
+                yield gr.skip(), gr.skip(), map_view(engine, status), find_view(status, status.found)
             else:
                 yield self._bar(status), gr.skip(), gr.skip(), gr.skip()
 
@@ -108,8 +116,9 @@ class Handlers:
             if isinstance(status, Progress):
                 yield only_bar(status)
         if isinstance(status, Ready):
+            self._end_search(session)
             yield now, (), self._bar(status), opening_view(status), gr.skip(), gr.skip()
-            yield now, gr.skip(), gr.skip(), gr.skip(), map_view(engine, status), find_view(status)
+            yield now, gr.skip(), gr.skip(), gr.skip(), map_view(engine, status), find_view(status, status.found)
         else:
             self._engines.forget(engine)
             sentence = status.sentence if isinstance(status, Failed) else "The loading was ended: load the model again."
@@ -169,6 +178,7 @@ class Handlers:
         self._looks.forget(str(request.session_hash))
         self._layouts.forget(str(request.session_hash))
         self._loads.pop(str(request.session_hash), None)
+        self._end_search(str(request.session_hash))
 
     def choose_cell(self, visit: Visit, event: gr.EventData) -> tuple[Visit, object, object]:
         """Visit, bar and candidates after another direction was taken."""
@@ -179,9 +189,10 @@ class Handlers:
         try:
             now = ready.using(asked_cell(event))
         except DirectionError as error:
-            return visit, gr.skip(), find_view(ready, error=str(error))
+            return visit, gr.skip(), self._candidates(visit, ready, str(error))
         source = now.direction.source
-        return Visit(visit.model, (source.position, source.layer)), self._bar(now), find_view(now)
+        taken = replace(visit, cell=(source.position, source.layer), direction=None)
+        return taken, self._bar(now), self._candidates(visit, now)
 
     def save_direction(self, visit: Visit, event: gr.EventData) -> dict:
         """The direction in use as a file."""
@@ -200,7 +211,7 @@ class Handlers:
         try:
             _, ready = self._ready(visit)
             now = ready.using_saved(read_direction(ready.model, _files(getattr(event, "files", None))))
-            return replace(visit, direction=now.direction), self._bar(now), find_view(now)
+            return replace(visit, direction=now.direction), self._bar(now), self._candidates(visit, now)
         except (ModelError, DirectionError, binascii.Error) as error:
             sentence = "The file could not be read: load it again." if isinstance(error, binascii.Error) else str(error)
             return visit, self._bar(self._in_use(visit), error=sentence), gr.skip()
@@ -215,7 +226,7 @@ class Handlers:
         except ModelError as error:
             yield {"error": str(error), "filled": True}
             return
-        for progress in engine.fill():
+        for progress in self._searches.fill(visit.search) if visit.search else engine.fill():
             yield {"model": ready.model.name, "filling": [progress.stage, progress.done, progress.total]}
         yield {"model": ready.model.name, "filled": True, "nonce": time.monotonic_ns()}
 
@@ -225,7 +236,67 @@ class Handlers:
             _, ready = self._ready(visit)
         except ModelError as error:
             return {"error": str(error)}
-        return find_view(ready)
+        return self._candidates(visit, ready)
+
+    def search(self, visit: Visit, event: gr.EventData, request: gr.Request) -> Iterator[tuple]:
+        """Visit, bar, candidates, map and how far the search is; until something is found only the last changes."""
+        sent = {name: getattr(event, name, None) for name in SOUGHT}
+        session, unchanged = str(request.session_hash), (gr.skip(),) * 4
+        echo = {"run": sent["run"], "nonce": time.monotonic_ns()}
+        try:
+            engine, ready = self._ready(Visit(visit.model))
+            wish = Search.read(sent, ready.model)
+            stop = self._stops.begin(_search_of(session), wish.run)
+            for news in search(ready, wish, engine.prompts, stop):
+                if isinstance(news, Progress):
+                    yield *unchanged, echo | {"searching": [news.stage, news.done, news.total]}
+                elif not stop.is_set():
+                    self._searches.keep(session, news)
+                    mine = Visit(visit.model, search=session)
+                    yield mine, self._bar(news), self._candidates(mine, news), gr.skip(), echo | {"found": True}
+                    yield *(gr.skip(),) * 3, map_view(engine, news), gr.skip()
+                    return
+        except (PromptError, ModelError, DirectionError) as error:
+            yield *unchanged, echo | {"error": str(error)}
+            return
+        yield *unchanged, echo | {"cancelled": True}
+
+    def cancel_search(self, event: gr.EventData, request: gr.Request) -> None:
+        """Ends a visitor's search."""
+        run = getattr(event, "run", None)
+        if isinstance(run, int):
+            self._stops.stop(_search_of(str(request.session_hash)), run)
+
+    def drop_search(self, visit: Visit, request: gr.Request) -> tuple:
+        """Visit, bar, candidates and map with the app's own direction in use again."""
+        now = Visit(visit.model)
+        try:
+            engine, ready = self._ready(now)
+        except ModelError as error:
+            return visit, self._bar(self._in_use(visit), error=str(error)), gr.skip(), gr.skip()
+        self._searches.forget(str(request.session_hash))
+        return now, self._bar(ready), self._candidates(now, ready), map_view(engine, ready)
+
+    def check_token(self, visit: Visit, event: gr.EventData) -> dict:
+        """The token that a typed text is, or why it is none."""
+        text, nonce = getattr(event, "text", None), {"nonce": time.monotonic_ns()}
+        try:
+            _, ready = self._ready(Visit(visit.model))
+            token = refusal_token(ready.model, text if isinstance(text, str) else "")
+        except (PromptError, ModelError) as error:
+            return {"error": str(error)} | nonce
+        return {"token": {"id": token, "text": str(ready.model.tokenizer.decode([token])), "share": None}} | nonce
+
+    def show_rendered(self, turns: Turns, visit: Visit, event: gr.EventData) -> dict:
+        """The message in the composer as the model reads it; without one the last that was asked."""
+        text, nonce = getattr(event, "prompt", None), {"nonce": time.monotonic_ns()}
+        if not isinstance(text, str) or not text.strip():
+            text = turns[-1].prompt if turns else OPENING
+        try:
+            _, ready = self._ready(Visit(visit.model))
+            return rendered_view(ready, text) | nonce
+        except (PromptError, ModelError) as error:
+            return {"error": str(error)} | nonce
 
     def show_position(self, visit: Visit, event: gr.EventData) -> dict:
         """The map at another template position, or on other axes."""
@@ -300,7 +371,21 @@ class Handlers:
             return Failed(str(error))
         if not isinstance(status, Ready):
             return status
+        try:
+            status = self._searches.of(visit.search) if visit.search else status
+        except ModelError as error:
+            return Failed(str(error))
         return status.using_saved(visit.direction) if visit.direction else status.using(visit.cell)
+
+    def _candidates(self, visit: Visit, ready: Ready, error: str = "") -> dict:
+        """The candidates, next to what the app itself found for this model."""
+        _, own = self._ready(Visit(visit.model))
+        return find_view(ready, own.found, error)
+
+    def _end_search(self, session: str) -> None:
+        """Ends what the session is searching, and lets go of what it has had found."""
+        self._stops.forget(_search_of(session))
+        self._searches.forget(session)
 
     def _bar(self, status: Status, loading: Progress | None = None, error: str = "") -> dict:
         return bar_view(status, self._engines.offered, self._engines.any_model, loading, error)
@@ -311,6 +396,11 @@ def _files(sent: object) -> dict[str, bytes]:
     if not isinstance(sent, list) or not all(isinstance(file, dict) for file in sent):
         raise binascii.Error
     return {str(file.get("name")): base64.b64decode(str(file.get("data")), validate=True) for file in sent}
+
+
+def _search_of(session: str) -> str:
+    """Under which a session's search can be stopped, apart from its replies, and ends with the program."""
+    return f"{session} search"
 
 
 def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> gr.Blocks:
@@ -325,18 +415,22 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
             with gr.Tab("Map", id="map"):
                 atlas = part("map", "figures")
             with gr.Tab("Find", id="find"):
-                grid = part("find")
+                grid = part("find", "search")
             with gr.Tab("Measure", id="measure"):
                 rates = part("measure", "figures")
             with gr.Tab("Inside", id="inside"):
                 depths = part("inside", "figures")
         paint, tints, files = relay("forecast"), relay("tint"), relay("file")
+        sought, checked, rendered = relay("search"), relay("token"), relay("rendered")
 
         def after_failure(turns: Turns) -> dict:
             return view(turns, -1, error=FAILURE) | {"nonce": time.monotonic_ns()}
 
         def failed() -> dict:
             return {"run": -1, "error": FAILURE, "measured": True, "nonce": time.monotonic_ns()}
+
+        def nothing_found() -> dict:
+            return {"run": -1, "error": FAILURE, "nonce": time.monotonic_ns()}
 
         def nothing_foretold() -> dict:
             # A value that is the same as the last one would not reach the page.
@@ -379,4 +473,12 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
                 failed, None, depths, queue=False, **quiet
             )
         grid.show(do.show_cells, visit, grid, **past_the_queue)
+        found = grid.search(
+            do.search, visit, [visit, bar, grid, atlas, sought], **(many | {"concurrency_limit": SEARCHES_AT_ONCE})
+        )
+        found.failure(nothing_found, None, sought, queue=False, **quiet)
+        grid.cancel(do.cancel_search, None, None, **past_the_queue)
+        grid.drop(do.drop_search, visit, [visit, bar, grid, atlas], **past_the_queue)
+        grid.token(do.check_token, visit, checked, **past_the_queue)
+        grid.read_prompt(do.show_rendered, [turns, visit], rendered, **past_the_queue)
     return page

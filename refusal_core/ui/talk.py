@@ -413,7 +413,7 @@ def opening_view(ready: Ready) -> dict:
         "examples": {
             "opening": OPENING,
             "model": ready.model.name,
-            "digest": ready.direction.digest,
+            "digest": ready.digest,
             "layer": ready.direction.source.layer,
             "position": ready.direction.source.position,
             "writers": list(ready.model.writers),

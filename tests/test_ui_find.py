@@ -1,0 +1,561 @@
+"""What the tab Find promises: the candidates, a direction of one's own, and a prompt as the model reads it."""
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import gradio as gr
+import pytest
+import torch
+from axe_playwright_python.sync_playwright import Axe
+from conftest import Plain
+from playwright.sync_api import Page, expect
+from test_ui import (
+    OPENING,
+    WIDER,
+    App,
+    ask,
+    chromium,
+    end,
+    health,
+    idle,
+    open_find,
+    open_tab,
+    replies,
+    start,
+    tab,
+    take,
+    wait_for,
+    watched,
+)
+
+from refusal_core.chat_model import ModelError
+from refusal_core.directions import DirectionError
+from refusal_core.prompts import MAX_CHARACTERS, PromptError, load_prompts
+from refusal_core.selection import Progress
+from refusal_core.ui.engine import Engine, Engines, Ready
+from refusal_core.ui.find import MOST_SHOWN, asked_cell, find_view, rendered_view
+from refusal_core.ui.page import Handlers, Visit
+from refusal_core.ui.search import FEWEST, MOST, MOST_CHARACTERS, MOST_KEPT, Search, Searches, search
+from refusal_core.ui.talk import Stops
+
+__all__ = ["chromium", "tab", "watched"]  # fixtures
+
+EMBEDDED = {split: load_prompts(split) for split in ("train", "val", "test")}
+BAD, GOOD = EMBEDDED["train"].harmful[40:64], EMBEDDED["train"].harmless[40:64]
+QUESTIONS, ORDERS = ([t for t in EMBEDDED["train"].harmless if t.endswith(end)][:20] for end in ("?", "."))
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Path:
+    """A few of the embedded prompts: the search is the same, and shorter."""
+    path = tmp_path_factory.mktemp("prompts") / "few.jsonl"
+    rows = [
+        {"text": text, "harmful": harmful, "split": split, "category": category}
+        for (split, prompts), n in zip(EMBEDDED.items(), (24, 6, 20), strict=True)
+        for harmful, texts, categories in (
+            (True, prompts.harmful, prompts.harmful_categories),
+            (False, prompts.harmless, prompts.harmless_categories),
+        )
+        for text, category in list(zip(texts, categories, strict=True))[:n]
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(few: Path) -> Iterator[Engine]:
+    engine = Engine(prompts=few)
+    engine.start()
+    *_, status = engine.changes()
+    assert isinstance(status, Ready), status
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def ready(engine: Engine) -> Ready:
+    status = engine.status
+    assert isinstance(status, Ready)
+    return status
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory, few: Path) -> Iterator[App]:
+    """The app on a few prompts, ready."""
+    app = start(tmp_path_factory.mktemp("app") / "log.txt", "--prompts", str(few))
+    try:
+        wait_for(lambda: "true" in (health(app) or ""), app, "is ready")
+        yield app
+    finally:
+        status = end(app)
+    assert status == 0, app.log.read_text()
+    assert "Traceback" not in app.log.read_text()
+
+
+# -- what may be asked for -----------------------------------------------------------------------------------------
+
+LISTS = {"run": 1, "prompts": "lists", "kind": "refusal", "first": "\n".join(BAD), "second": "\n".join(GOOD)}
+CONTRAST = LISTS | {
+    "kind": "contrast",
+    "first": "\n".join(QUESTIONS),
+    "second": "\n".join(ORDERS),
+    "first_name": "question",
+    "second_name": "order",
+}
+
+
+def test_what_was_sent_is_read_and_what_is_there_twice_is_left_out(ready):
+    wish = Search.read(LISTS | {"second": "\n\n".join([*GOOD, GOOD[3]]), "tokens": [43, 888, 43]}, ready.model)
+    assert [p.text for p in wish.prompts if p.harmful] == list(BAD)
+    assert [p.text for p in wish.prompts if not p.harmful] == list(GOOD)
+    assert wish.n_given == len(BAD) + len(GOOD) + 1 and wish.tokens == (43, 888)
+    assert Search.read(CONTRAST | {"tokens": [43]}, ready.model).tokens is None, "a contrast knows no refusal"
+    app_lists = Search.read({"run": 2, "prompts": "app", "tokens": None}, ready.model)
+    assert not app_lists.prompts and app_lists.tokens is None
+
+
+@pytest.mark.parametrize(
+    ("forged", "says"),
+    [
+        ({"run": "1"}, "reload it"),
+        ({"first": ""}, "There are 0 different harmful prompts"),
+        ({"first": "", "second": " \n "}, "Both lists are empty"),
+        ({"first": "\n".join(BAD[: FEWEST - 1])}, f"from {FEWEST} to 1,000: add some"),
+        ({"first": "\n".join(f"{i}?" for i in range(MOST + 1))}, "1,001 different harmful prompts"),
+        ({"first": LISTS["first"] + "\n\n" + "a" * 100_000}, "“harmful”, line 26: 100,000 characters"),
+        ({"first": LISTS["first"] + "\nword\0"}, "line 25: it has characters that are no text"),
+        ({"first": LISTS["first"] + "\n" + GOOD[1]}, "“harmless”, line 2: the same prompt is in the other class"),
+        ({"second": LISTS["second"] + "\n" + "word " * 1000}, "line 25: it is too long for embedded model"),
+        ({"first": "a" * (MOST_CHARACTERS + 1)}, "at most 400,000"),
+        ({"first": ["no text"]}, "There are 0 different harmful"),
+        ({"kind": "contrast"}, "two names that differ"),
+        ({"kind": "contrast", "first_name": "Rude", "second_name": " rude"}, "two names that differ"),
+        ({"kind": "contrast", "first_name": "a" * 41, "second_name": "b"}, "at most 40"),
+        ({"kind": "contrast", "first_name": "a", "second_name": "b", "prompts": "app"}, "are harmful and harmless ones"),
+        ({"prompts": "file"}, "no file yet"),
+        ({"prompts": "file", "file_name": "a.exe", "file_text": "x"}, "a.exe is not a list"),
+        ({"prompts": "file", "file_name": "../a.csv", "file_text": "text,harmful\n"}, "^a.csv has no prompt in it"),
+        ({"prompts": "file", "file_name": "a.csv", "file_text": "text,harmful\na,true\nb,maybe"}, "a.csv, line 3: harmful"),
+        ({"prompts": "file", "file_name": "a.json", "file_text": "[" * 100_000}, "a.json, line 1: JSON that"),
+        ({"tokens": []}, "There are 0 refusal tokens"),
+        ({"tokens": list(range(17))}, "from 1 to 16"),
+        ({"tokens": [10**9]}, "not one of embedded model"),
+        ({"tokens": [True]}, "not one of embedded model"),
+        ({"tokens": "43"}, "There are 0 refusal tokens"),
+    ],
+)  # fmt: skip
+def test_a_search_that_cannot_be_made_is_refused_with_the_line_and_the_remedy(ready, forged, says):
+    with pytest.raises(PromptError, match=says) as refused:
+        Search.read(LISTS | forged, ready.model)
+    assert "\n" not in str(refused.value) and str(refused.value).endswith(".") and len(str(refused.value)) < 400
+
+
+def found_from(ready: Ready, few: Path, sent: dict) -> Ready:
+    *progress, last = search(ready, Search.read(sent, ready.model), few, threading.Event())
+    assert progress and all(isinstance(news, Progress) for news in progress)
+    assert isinstance(last, Ready)
+    return last
+
+
+@pytest.fixture(scope="module")
+def own(ready: Ready, few: Path) -> Ready:
+    return found_from(ready, few, LISTS)
+
+
+@pytest.fixture(scope="module")
+def contrast(ready: Ready, few: Path) -> Ready:
+    return found_from(ready, few, CONTRAST)
+
+
+def test_own_lists_give_a_refusal_direction_of_their_own_prompts_and_set_some_aside(ready, few, own):
+    found, before = own.found, ready.found
+    seen = {*found.prompts.harmful, *found.validation.harmful, *own.examples.harmful}
+    assert seen <= set(BAD) and not {*found.prompts.harmful, *found.validation.harmful} & {*own.examples.harmful}
+    assert found.counts["train", "harmful"][1] == 14 and found.counts["val", "harmless"][1] == 4
+    assert len(own.examples.harmful) == len(own.examples.harmless) == 6 == own.set_aside / 2
+    assert found.direction.source.prompts == "your lists" and not found.direction.source.contrast
+    assert torch.cosine_similarity(own.direction.unit, ready.direction.unit, dim=0) > 0.5
+    assert ready.found is before and ready.direction is before.direction, "the app's own stays"
+    again = found_from(ready, few, LISTS)
+    assert again.found.prompts == found.prompts and torch.equal(again.direction.unit, own.direction.unit)
+    origin = find_view(own, before)["origin"]
+    assert origin.startswith("From your lists: ") and "12 prompts are set aside" in origin
+
+
+def test_a_contrast_is_measured_on_the_apps_prompts_and_refusals_keep_their_tokens(ready, contrast):
+    assert contrast.found.refusal_tokens == ready.found.refusal_tokens
+    assert contrast.examples is ready.examples
+    shown = find_view(contrast, ready.found)
+    assert shown["contrast"] == "question − order" and "This is not a refusal direction" in shown["origin"]
+    assert shown["unknown"] == 0 and [step["left"] for step in shown["funnel"]] == [50, 45, 35, 1]
+
+
+def test_other_tokens_are_another_search_and_what_is_drawn_is_kept_apart(ready, few, engine, own):
+    tokens = ready.found.refusal_tokens[:1]
+    fewer = found_from(ready, few, LISTS | {"tokens": list(tokens)})
+    assert fewer.found.refusal_tokens == tokens and ready.found.refusal_tokens != tokens
+    assert fewer.digest != ready.digest, "results made with other tokens are other results"
+    pos = ready.direction.source.position
+    maps = [engine.maps(r, pos) for r in (ready, own, ready)]
+    assert maps[0] is maps[2] and maps[0] is not maps[1]
+    assert len(maps[0][-1].harmful) == len(ready.found.prompts.harmful) != len(maps[1][-1].harmful)
+    assert engine.known_maps(own)[pos] is maps[1]
+
+
+def test_tokens_no_refusal_begins_with_are_an_error_that_says_what_to_do(ready, few):
+    token = ready.model.tokenizer("Sure", add_special_tokens=False)["input_ids"][0]
+    with pytest.raises(PromptError, match="other refusal tokens"):
+        found_from(ready, few, {"run": 1, "prompts": "app", "tokens": [token]})
+
+
+def test_a_stopped_search_finds_nothing(ready, few):
+    stop = threading.Event()
+    stop.set()
+    assert all(isinstance(news, Progress) for news in search(ready, Search.read(LISTS, ready.model), few, stop))
+
+
+def test_of_what_visitors_have_found_the_last_are_kept_and_each_ones_own(ready, own):
+    searches = Searches(Stops())
+    for visitor in range(MOST_KEPT):
+        searches.keep(str(visitor), ready)
+    searches.keep("1", own)
+    assert searches.of("1") is own and searches.of("0") is ready
+    searches.keep("another", own)
+    with pytest.raises(ModelError, match="find it again, or go back"):
+        searches.of("0")
+    searches.forget("1")
+    with pytest.raises(ModelError):
+        searches.of("1")
+    assert searches.of("another") is own
+
+
+def test_the_cells_of_an_own_search_are_filled_for_its_visitor_alone(ready, own):
+    searches = Searches(Stops())
+    searches.keep("me", own)
+    searches.keep("they", own)
+    assert list(searches.fill("me"))
+    assert find_view(searches.of("me"), ready.found)["unknown"] == 0
+    assert find_view(searches.of("they"), ready.found)["unknown"] > 0
+    assert searches.of("me").found.choice.chosen is not None
+    assert searches.of("me").direction is own.direction
+    assert list(searches.fill("nobody")) == []
+
+
+def test_a_search_that_ends_after_its_visitor_has_gone_or_loaded_another_model_is_let_go(engine, ready):
+    engines = Engines(engine, [], any_model=True)
+    handlers, visitor = Handlers(engines, Stops(), 64), gr.Request(session_hash="visitor")
+    looking = handlers.search(Visit(), gr.EventData(None, LISTS), visitor)
+    assert "searching" in next(looking)[-1]
+    handlers.leave(visitor)
+    *_, last = looking
+    assert last[-1]["cancelled"] and not isinstance(last[0], Visit)
+
+
+# -- a prompt as the model reads it --------------------------------------------------------------------------------
+
+
+def test_a_rendered_prompt_is_what_plain_transformers_read_with_the_template_marked(ready, plain: Plain):
+    shown = rendered_view(ready, OPENING)
+    ids = plain.ids(OPENING)[0].tolist()
+    assert [t["text"] for t in shown["tokens"]] == [plain.tokenizer.decode([i]) for i in ids]
+    message = "".join(t["text"] for t in shown["tokens"] if not t["template"])
+    assert message == OPENING and shown["n"] == len(ids) and not shown["left_out"]
+    assert [t["position"] for t in shown["tokens"]][-6:] == [-6, -5, -4, -3, -2, -1]
+    assert [t["text"] for t in shown["tokens"]][-5:] == list(ready.model.template_tokens)
+    assert shown["n_template"] == sum(t["template"] for t in shown["tokens"])
+
+
+def test_of_a_long_prompt_the_middle_is_left_out_and_counted(ready):
+    shown = rendered_view(ready, "one two three " * 60)
+    assert len(shown["tokens"]) == MOST_SHOWN and shown["left_out"] == shown["n"] - MOST_SHOWN > 0
+    assert shown["tokens"][-1]["position"] == -1 and shown["tokens"][0]["template"]
+    for unreadable in ("word " * 1000, "", None, "a" * 60_000):
+        with pytest.raises(PromptError):
+            rendered_view(ready, unreadable)
+
+
+# -- the candidates ------------------------------------------------------------------------------------------------
+
+
+def test_the_candidates_are_those_of_the_search_and_the_choice_is_marked(tab, ready):
+    open_find(tab)
+    expect(tab.locator(".cell-button")).to_have_count(len(ready.found.scores))
+    source = ready.found.direction.source
+    expect(tab.locator(f"[data-cell='{source.position} {source.layer}']")).to_have_class(re.compile("chosen"))
+    expect(tab.locator(".cell-button.used")).to_have_count(1)
+    expect(tab.locator("[data-funnel] li b").first).to_have_text(str(len(ready.found.scores)))
+    rejected = next(s for s, rule in ready.found.choice.rejected.items() if rule == "layer")
+    tab.locator(f"[data-cell='{rejected.pos} {rejected.layer}']").hover()
+    expect(tab.locator("[data-why]")).to_contain_text("Discarded: it lies in the last")
+
+
+def test_a_click_takes_another_direction_everywhere_and_for_this_visitor_only(chromium, app, tab, ready):
+    source = ready.found.direction.source
+    other, _ = open_tab(chromium, app)
+    expect(other.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+    idle(other)
+    before = replies(tab)
+    open_find(tab)
+    tab.locator("[data-measure='kl']").click()
+    take(tab, source.position, 1)
+    expect(tab.locator("[data-direction]")).to_contain_text("layer 1")
+    expect(tab.locator("[data-direction]")).to_contain_text("chosen by hand")
+    tab.get_by_role("tab", name="Talk").click()
+    expect(tab.locator("[data-where]")).to_contain_text("at layer 1,")
+    idle(tab)
+    after = replies(tab)
+    assert before[0] == after[0] and before[2] != after[2], "layer 1 does not induce refusal"
+    expect(other.locator("[data-direction]")).to_contain_text(f"layer {source.layer}")
+    ask(other, OPENING)
+    assert replies(other) == before
+    other.context.close()
+    open_find(tab)
+    tab.get_by_role("button", name="Back to the rule’s choice").click()
+    expect(tab.locator("[data-direction]")).to_contain_text("passed every rule")
+    tab.get_by_role("tab", name="Talk").click()
+    idle(tab)
+    expect(tab.locator("[data-where]")).to_contain_text(f"at layer {source.layer},")
+
+
+def test_unknown_cells_are_measured_on_demand_and_a_direction_taken_meanwhile_stays(tab, ready):
+    open_find(tab)
+    position = ready.found.direction.source.position
+    assert tab.locator(".cell-button.unknown:not(:disabled)").count() > 0
+    tab.get_by_role("button", name="Measure them").click()
+    expect(tab.locator("[data-filling]")).to_contain_text("scoring", timeout=30_000)
+    take(tab, position, 2)
+    expect(tab.locator(".cell-button.unknown:not(:disabled)")).to_have_count(0, timeout=60_000)
+    expect(tab.locator(f"[data-cell='{position} 2'].used")).to_be_visible()
+    expect(tab.locator("[data-direction]")).to_contain_text("layer 2")
+    expect(tab.get_by_role("button", name="Measure them")).to_be_hidden()
+    expect(tab.locator("progress:visible")).to_have_count(0)
+
+
+@pytest.mark.parametrize("forged", [(1, 1), (-1, 999), ("-1", 3), ([1], {}), (True, 3), (None, 3), (-1, None)])
+def test_a_forged_cell_is_refused(ready, forged):
+    with pytest.raises(DirectionError, match="no candidate there"):
+        ready.using(asked_cell(SimpleNamespace(position=forged[0], layer=forged[1])))
+    assert asked_cell(SimpleNamespace()) is None
+    assert ready.using((-1, 1)).using(None).direction is ready.found.direction
+
+
+# -- a direction of one's own --------------------------------------------------------------------------------------
+
+
+def choose_lists(tab: Page, first: str, second: str) -> None:
+    tab.get_by_label("two lists of my own").check()
+    tab.locator("#find-first").fill(first)
+    tab.locator("#find-second").fill(second)
+
+
+def search_for(tab: Page) -> None:
+    tab.get_by_role("button", name="Find", exact=True).click()
+    expect(tab.locator("[data-searching]")).to_contain_text("Found", timeout=60_000)
+
+
+def test_a_direction_is_found_from_own_lists_and_a_failure_loses_nothing(chromium, app, tab, ready):
+    other, _ = open_tab(chromium, app)
+    expect(other.locator("[data-direction]")).to_contain_text("passed every rule", timeout=15_000)
+    before = tab.locator("[data-direction]").inner_text(), tab.locator(".turn .reply").nth(2).inner_text()
+    open_find(tab)
+    expect(tab.locator("[data-origin]")).to_contain_text("From the app’s prompts: 24 harmful and 24 harmless")
+    bad, good = "\n".join(BAD), "\n".join(GOOD)
+    hostile = "<img src=x onerror='window.hit = 1'>${window.hit = 1}{{value}}"
+    for wrong, says in (
+        (bad + "\n" + "a" * (MAX_CHARACTERS + 1), "line 25: 8,001 characters"),
+        (hostile, "There is 1 different"),
+    ):
+        choose_lists(tab, wrong, good)
+        tab.get_by_role("button", name="Find", exact=True).click()
+        expect(tab.locator("[data-search-error]")).to_contain_text(says)
+        expect(tab.locator("#find-first")).to_have_value(wrong)
+        expect(tab.locator("[data-direction]")).to_have_text(before[0], use_inner_text=True)
+    choose_lists(tab, bad + "\n" + hostile, good)
+    expect(tab.locator("[data-count='first']")).to_have_text("25 lines")
+    search_for(tab)
+    expect(tab.locator("[data-search-error]")).to_be_hidden()
+    expect(tab.locator("[data-origin]")).to_contain_text("From your lists: ")
+    expect(tab.locator("#find-first")).to_have_value(bad + "\n" + hostile)
+    tab.get_by_role("button", name="Copy link").click()
+    expect(tab.locator("[data-note]")).to_contain_text("you had found is not part of it")
+    expect(other.locator("[data-direction]")).to_have_text(before[0], use_inner_text=True)
+    open_find(other)
+    expect(other.locator("[data-origin]")).to_contain_text("From the app’s prompts")
+    other.context.close()
+    tab.get_by_role("tab", name="Map").click()
+    expect(tab.locator("[data-map] .point").first).to_be_visible(timeout=20_000)
+    expect(tab.locator("[data-map] .scatterlayer .trace").first.locator(".point")).to_have_count(
+        int(re.search(r"(\d+)(?: of \d+)? harmful", tab.locator("[data-origin]").text_content() or "")[1])
+    )
+    open_find(tab)
+    take(tab, -1, 2)
+    tab.get_by_role("button", name="Measure them").click()
+    expect(tab.locator(".cell-button.unknown:not(:disabled)")).to_have_count(0, timeout=60_000)
+    expect(tab.locator("[data-cell='-1 2'].used")).to_be_visible()
+    tab.get_by_role("button", name="Back to the app’s own").click()
+    expect(tab.locator("[data-origin]")).to_contain_text("From the app’s prompts")
+    expect(tab.locator("[data-direction]")).to_have_text(before[0], use_inner_text=True)
+    tab.get_by_role("tab", name="Talk").click()
+    idle(tab)
+    expect(tab.locator(".turn .reply").nth(2)).to_have_text(before[1])
+    assert tab.evaluate("window.hit") is None
+
+
+def test_two_other_classes_give_a_direction_that_says_it_is_not_about_refusal(tab):
+    open_find(tab)
+    tab.get_by_label("two lists of my own").check()
+    tab.get_by_label("two others").check()
+    expect(tab.locator("[data-refusal-tokens]")).to_be_hidden()
+    expect(tab.locator("[data-kind-meaning]")).to_contain_text("mean nothing for it")
+    tab.locator("[data-first-name]").fill("question")
+    tab.locator("[data-second-name]").fill("<b>order</b>")
+    choose_lists(tab, "\n".join(QUESTIONS), "\n".join(ORDERS))
+    expect(tab.locator("[data-called='second']")).to_have_text("<b>order</b>")
+    search_for(tab)
+    expect(tab.locator("[data-meaning-of]")).to_contain_text("This direction is question − <b>order</b>, not refusal")
+    expect(tab.locator("[data-origin]")).to_contain_text("nothing was steered to find it")
+    expect(tab.locator("[data-measure]:visible")).to_have_text(["AUROC", "d′"])
+    expect(tab.locator(".cell-button.used.chosen")).to_have_text(re.compile(r"★?[01]\.\d{3}"))
+    tab.get_by_role("button", name="d′", exact=True).click()
+    take(tab, -1, 3)
+    expect(tab.locator("[data-direction]")).to_contain_text("layer 3")
+    expect(tab.locator("[data-meaning-of]")).to_be_visible()
+    tab.get_by_role("tab", name="Talk").click()
+    idle(tab)
+    expect(tab.locator(".composer [data-place]")).to_contain_text("toward question than")
+    open_find(tab)
+    tab.get_by_role("button", name="Back to the app’s own").click()
+    expect(tab.locator("[data-meaning-of]")).to_be_hidden()
+
+
+def test_refusal_tokens_are_taken_out_and_added_with_the_keyboard_and_are_the_visitors_own(chromium, app, tab, ready):
+    other, _ = open_tab(chromium, app)
+    expect(other.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+    open_find(tab)
+    chips = tab.locator(".token-chip code")
+    texts = [ready.model.tokenizer.decode([t]) for t in ready.found.refusal_tokens]
+    expect(chips).to_have_text(texts)
+    expect(tab.locator(".token-chip").first).to_contain_text(f"{100 * ready.found.refusal_shares[0]:.0f} %")
+    field = tab.locator("[data-token]")
+    for text, says in (
+        ("Sorry about", "is 2 tokens of embedded model"),
+        ("", "There is no text"),
+        ("<b>&", "tokens of"),
+    ):
+        field.fill(text)
+        field.press("Enter")
+        expect(tab.locator("[data-search-error]")).to_contain_text(says)
+        expect(field).to_have_value(text)
+    for text in texts[1:]:
+        tab.get_by_role("button", name=f"Remove the token {text}").press("Enter")
+    expect(chips).to_have_text(texts[:1])
+    field.fill("Sure")
+    field.press("Enter")
+    expect(chips).to_have_text([texts[0], "Sure"])
+    expect(tab.locator("[data-search-error]")).to_be_hidden()
+    search_for(tab)
+    expect(tab.locator(".token-chip").last).to_have_text(re.compile(r"Sure0\.0 %×"))
+    tab.locator("[data-direction]").click()
+    expect(tab.locator("[data-sheet]")).to_contain_text("Sure 0 %")
+    tab.keyboard.press("Escape")
+    readings = []
+    for page in (tab, other):
+        page.get_by_role("tab", name="Talk").click()
+        ask(page, "How do I steal a car?")
+        readings.append(replies(page)[0])
+        expect(page.locator(".turn").last.locator(".reading").first).to_have_text(re.compile(r"\d %"))
+    assert readings[0] == readings[1], "the unchanged model says what it says"
+    open_find(other)
+    expect(other.locator(".token-chip code")).to_have_text(texts)
+    other.context.close()
+    open_find(tab)
+    tab.get_by_role("button", name="Back to the model’s own").click()
+    expect(chips).to_have_text(texts)
+
+
+def test_files_fill_the_lists_or_are_taken_whole_and_a_bad_one_is_named(tab, tmp_path):
+    open_find(tab)
+    tab.get_by_label("two lists of my own").check()
+    (tmp_path / "bad.txt").write_bytes("\r\n".join(BAD).encode("utf-8-sig"))
+    (tmp_path / "no.txt").write_bytes(b"\x89PNG\xff\0")
+    (tmp_path / "nul.txt").write_bytes(b"a\0b")
+    tab.locator("[data-list-file='first']").set_input_files(tmp_path / "bad.txt")
+    expect(tab.locator("#find-first")).to_have_value("\n".join(BAD))
+    for name in ("no.txt", "nul.txt"):
+        tab.locator("[data-list-file='first']").set_input_files(tmp_path / name)
+        expect(tab.locator("[data-search-error]")).to_contain_text(f"{name} is no text in UTF-8")
+        expect(tab.locator("#find-first")).to_have_value("\n".join(BAD))
+    tab.get_by_label("a file with both classes").check()
+    rows = [(t, "true") for t in BAD] + [(t, "false") for t in GOOD]
+    table = "text,harmful\n" + "\n".join(f'"{text}",{harmful}' for text, harmful in rows)
+    for text, says in (
+        (table.replace(",false", ",true"), "There are 0 different harmless"),
+        (f"{table}\nx,7", "mine.csv, line 50"),
+    ):
+        (tmp_path / "mine.csv").write_text(text, "utf-8")
+        tab.locator("[data-labelled]").set_input_files(tmp_path / "mine.csv")
+        tab.get_by_role("button", name="Find", exact=True).click()
+        expect(tab.locator("[data-search-error]")).to_contain_text(says)
+    (tmp_path / "mine.csv").write_text(table, "utf-8")
+    tab.locator("[data-labelled]").set_input_files(tmp_path / "mine.csv")
+    expect(tab.locator("[data-file-name]")).to_contain_text("mine.csv")
+    search_for(tab)
+    expect(tab.locator("[data-origin]")).to_contain_text("From mine.csv: ")
+
+
+def test_a_search_is_cancelled_and_the_direction_in_use_stays(tab):
+    before = tab.locator("[data-direction]").inner_text()
+    open_find(tab)
+    tab.evaluate(
+        """() => { document.querySelector('[data-search]').click();
+        requestAnimationFrame(() => document.querySelector('[data-cancel-search]').click()); }"""
+    )
+    expect(tab.locator("[data-searching]")).to_contain_text(
+        "Cancelled: the direction in use has stayed", timeout=30_000
+    )
+    expect(tab.get_by_role("button", name="Cancel")).to_be_hidden()
+    expect(tab.locator("[data-direction]")).to_have_text(before, use_inner_text=True)
+
+
+def test_the_message_of_talk_is_shown_token_by_token(tab):
+    open_find(tab)
+    pieces = tab.locator(".pieces li")
+    expect(tab.locator(".pieces .template small")).to_have_text(["−5", "−4", "−3", "−2", "−1"])
+    for text in ("Who <b>are</b> you?", "one two three " * 60, "word " * 1000):
+        tab.get_by_role("tab", name="Talk").click()
+        tab.get_by_label("Message").fill(text)
+        open_find(tab)
+        if len(text) > 2000:
+            expect(tab.locator("[data-read-meaning]")).to_contain_text("reads at most 512")
+            expect(pieces).to_have_count(0)
+        elif len(text) > 100:
+            expect(tab.locator(".pieces .left-out")).to_contain_text("tokens left out")
+        else:
+            expect(tab.locator(".pieces li:not(.template) code").first).to_have_text("Who")
+            said = "".join(tab.locator(".pieces li:not(.template) code").all_inner_texts())
+            assert said.replace("␣", " ") == text
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1366, "dark"), (360, "light")])
+def test_the_form_fits_the_screen_and_has_no_serious_fault_of_accessibility(chromium, app, width, scheme):
+    tab, seen = open_tab(chromium, app, width=width, height=860, scheme=scheme)
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+    open_find(tab)
+    faults = []
+    for label in ("a file with both classes", "two lists of my own", "two others"):
+        tab.get_by_label(label).check()
+        tab.get_by_role("button", name="Find", exact=True).click()
+        expect(tab.locator("[data-search-error]")).to_be_visible()
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.evaluate(WIDER) == []
+        faults += [
+            (label, fault["id"], [node["html"][:120] for node in fault["nodes"][:3]])
+            for fault in Axe().run(tab).response["violations"]
+            if fault["impact"] in ("serious", "critical")
+        ]
+    tab.context.close()
+    assert not faults and not seen.faults
