@@ -1,8 +1,11 @@
 """All benchmarks, one after another: `python -m benchmarks` prints them and writes `benchmarks/RESULTS.md`.
 
+`--model` leaves out those of other models: on a laptop the ones in the shape of a real model take most of the time.
+
 Each is also a program of its own, such as `python -m benchmarks.find --repeats 9`.
 """
 
+import argparse
 from pathlib import Path
 
 from benchmarks import find, forecast, hooks, reading, side_by_side, start, visitors
@@ -18,9 +21,15 @@ RUNS = (
 
 
 def main() -> None:
-    """Runs them all."""
-    parts = [f"Written by `python -m benchmarks` on: {machine()}. Ratios are of medians, taken in turn in one run."]
-    for benchmark, name, repeats in RUNS:
+    """Runs them all, or those of one model."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=("embedded", "0.5B"), help="only those of this model")
+    only = parser.parse_args().model
+    command = "python -m benchmarks" + (f" --model {only}" if only else "")
+    parts = [f"Written by `{command}` on: {machine()}. Ratios are of medians, taken in turn in one run."]
+    for benchmark, name, repeats in (run for run in RUNS if only in (None, run[1])):
         chosen = subject(name)
         measured = benchmark.measure(chosen, repeats)
         doc = (benchmark.__doc__ or "").strip()

@@ -769,7 +769,7 @@ def test_a_direction_that_only_looks_like_the_rules_has_none_of_its_scores(ready
 
 def link_of(tab: Page) -> str:
     tab.get_by_role("button", name="Copy link").click()
-    expect(tab.locator("[data-note]")).to_contain_text("link")
+    expect(tab.locator("#bar [data-note]")).to_contain_text("link")
     return tab.url
 
 
@@ -838,7 +838,7 @@ def encoded(state: object) -> str:
 )  # fmt: skip
 def test_a_bad_link_is_named_and_does_no_harm(chromium, app, text, says):
     tab, seen = follow(chromium, f"{app.url}/#{text}")
-    expect(tab.locator("[data-note]")).to_contain_text(says)
+    expect(tab.locator("#bar [data-note]")).to_contain_text(says)
     expect(tab.locator(".turn .who")).to_have_text(["Example"])
     assert not seen.faults
     assert {url for url in seen.urls if not url.startswith((app.url, "data:", "blob:"))} == set()

@@ -203,7 +203,7 @@ def test_other_tokens_are_another_search_and_what_is_drawn_is_kept_apart(ready, 
     maps = [engine.maps(r, pos) for r in (ready, own, ready)]
     assert maps[0] is maps[2] and maps[0] is not maps[1]
     assert len(maps[0][-1].harmful) == len(ready.found.prompts.harmful) != len(maps[1][-1].harmful)
-    assert engine.known_maps(own)[pos] is maps[1]
+    assert engine.known_maps(own)[pos, "pca"] is maps[1]
 
 
 def test_tokens_no_refusal_begins_with_are_an_error_that_says_what_to_do(ready, few):
@@ -381,7 +381,7 @@ def test_a_direction_is_found_from_own_lists_and_a_failure_loses_nothing(chromiu
     expect(tab.locator("[data-origin]")).to_contain_text("From your lists: ")
     expect(tab.locator("#find-first")).to_have_value(bad + "\n" + hostile)
     tab.get_by_role("button", name="Copy link").click()
-    expect(tab.locator("[data-note]")).to_contain_text("you had found is not part of it")
+    expect(tab.locator("#bar [data-note]")).to_contain_text("you had found is not part of it")
     expect(other.locator("[data-direction]")).to_have_text(before[0], use_inner_text=True)
     open_find(other)
     expect(other.locator("[data-origin]")).to_contain_text("From the app’s prompts")

@@ -25,7 +25,7 @@ def map_view(engine: Engine, ready: Ready, position: object = None, axes: object
     maps, components = engine.maps(ready, pos, axes), engine.maps(ready, pos)
     return {
         "model": model.name,
-        "direction": ready.direction.digest,
+        "direction": ready.digest,
         "axes": axes,
         "position": pos,
         "positions": [

@@ -73,7 +73,6 @@ class Handlers:
 
     def __init__(self, engines: Engines, stops: Stops, most_tokens: int) -> None:
         self._engines, self._stops, self._most_tokens = engines, stops, most_tokens
-        self._measurements, self._looks, self._layouts = Stops(), Stops(), Stops()
         self._searches = Searches(stops)
         self._loads: dict[str, int] = {}
 
@@ -174,9 +173,8 @@ class Handlers:
     def leave(self, request: gr.Request) -> None:
         """Ends what runs for a visitor who has gone."""
         self._stops.forget(str(request.session_hash))
-        self._measurements.forget(str(request.session_hash))
-        self._looks.forget(str(request.session_hash))
-        self._layouts.forget(str(request.session_hash))
+        for work in ("measure", "inside", "layout"):
+            self._stops.forget(_work_of(str(request.session_hash), work))
         self._loads.pop(str(request.session_hash), None)
         self._end_search(str(request.session_hash))
 
@@ -246,7 +244,7 @@ class Handlers:
         try:
             engine, ready = self._ready(Visit(visit.model))
             wish = Search.read(sent, ready.model)
-            stop = self._stops.begin(_search_of(session), wish.run)
+            stop = self._stops.begin(_work_of(session, "search"), wish.run)
             for news in search(ready, wish, engine.prompts, stop):
                 if isinstance(news, Progress):
                     yield *unchanged, echo | {"searching": [news.stage, news.done, news.total]}
@@ -265,7 +263,7 @@ class Handlers:
         """Ends a visitor's search."""
         run = getattr(event, "run", None)
         if isinstance(run, int):
-            self._stops.stop(_search_of(str(request.session_hash)), run)
+            self._stops.stop(_work_of(str(request.session_hash), "search"), run)
 
     def drop_search(self, visit: Visit, request: gr.Request) -> tuple:
         """Visit, bar, candidates and map with the app's own direction in use again."""
@@ -311,7 +309,7 @@ class Handlers:
         run = getattr(event, "run", None)
         try:
             engine, ready = self._ready(visit)
-            stop = self._layouts.begin(str(request.session_hash), run if isinstance(run, int) else 0)
+            stop = self._stops.begin(_work_of(str(request.session_hash), "layout"), run if isinstance(run, int) else 0)
             wanted = getattr(event, "position", None), getattr(event, "layer", None)
             yield from umap_view(engine, ready, *wanted, stop)
         except (PromptError, ModelError) as error:
@@ -333,7 +331,7 @@ class Handlers:
         run = getattr(event, "run", None)
         try:
             _, ready = self._ready(visit)
-            stop = self._looks.begin(str(request.session_hash), run if isinstance(run, int) else 0)
+            stop = self._stops.begin(_work_of(str(request.session_hash), "inside"), run if isinstance(run, int) else 0)
             yield from writers_view(ready, stop, every=getattr(event, "every", None) is True)
         except (PromptError, ModelError) as error:
             yield {"error": str(error), "measured": True, "nonce": time.monotonic_ns()}
@@ -344,7 +342,7 @@ class Handlers:
         try:
             wish = Wish.read(sent, self._most_tokens)
             _, ready = self._ready(visit)
-            stop = self._measurements.begin(str(request.session_hash), wish.run)
+            stop = self._stops.begin(_work_of(str(request.session_hash), "measure"), wish.run)
             yield from measured(ready, wish, stop)
         except (PromptError, ModelError) as error:
             yield {"run": sent["run"], "error": str(error), "nonce": time.monotonic_ns()}
@@ -353,7 +351,7 @@ class Handlers:
         """Ends what a visitor measures."""
         run = getattr(event, "run", None)
         if isinstance(run, int):
-            self._measurements.stop(str(request.session_hash), run)
+            self._stops.stop(_work_of(str(request.session_hash), "measure"), run)
 
     def _ready(self, visit: Visit) -> tuple[Engine, Ready]:
         """The visit's model with its direction in use; raises ModelError where there is none to be had."""
@@ -384,7 +382,7 @@ class Handlers:
 
     def _end_search(self, session: str) -> None:
         """Ends what the session is searching, and lets go of what it has had found."""
-        self._stops.forget(_search_of(session))
+        self._stops.forget(_work_of(session, "search"))
         self._searches.forget(session)
 
     def _bar(self, status: Status, loading: Progress | None = None, error: str = "") -> dict:
@@ -398,9 +396,9 @@ def _files(sent: object) -> dict[str, bytes]:
     return {str(file.get("name")): base64.b64decode(str(file.get("data")), validate=True) for file in sent}
 
 
-def _search_of(session: str) -> str:
-    """Under which a session's search can be stopped, apart from its replies, and ends with the program."""
-    return f"{session} search"
+def _work_of(session: str, work: str) -> str:
+    """Under which name a session's long work can be stopped, apart from its replies; all of it ends with the program."""
+    return f"{session} {work}"
 
 
 def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> gr.Blocks:
