@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from sklearn.decomposition import PCA
-from sklearn.metrics import roc_auc_score, silhouette_score
+from sklearn.metrics import silhouette_score
 
 from refusal_core.directions import ZERO_NORM, Direction
+from refusal_core.metrics import auroc, d_prime
 from refusal_core.selection import Found
 
 N_AXES = 3
@@ -238,16 +239,11 @@ def _on_axes(here: LayerMap, turn: Float[np.ndarray, "axis axis"]) -> LayerMap:
 
 def _separation(here: LayerMap, val: Sequence[np.ndarray], cos_pc1: float) -> Separation:
     labels = np.repeat([1, 0], [len(here.harmful), len(here.harmless)])
-    spread = np.sqrt((val[0].var(ddof=1) + val[1].var(ddof=1)) / 2) if min(map(len, val)) > 1 else np.nan
+    held_out = [torch.from_numpy(along) for along in val]
     return Separation(
-        auroc=_auroc(val[0], val[1]),
-        auroc_pc1=_auroc(here.harmful[:, 0], here.harmless[:, 0]),
-        d_prime=float((val[0].mean() - val[1].mean()) / spread),
+        auroc=auroc(*held_out),
+        auroc_pc1=auroc(torch.from_numpy(here.harmful[:, 0]), torch.from_numpy(here.harmless[:, 0])),
+        d_prime=d_prime(*held_out),
         silhouette=float(silhouette_score(here.points, labels)) if len(labels) - 1 > 1 else float("nan"),
         cos_pc1=float(cos_pc1),
     )
-
-
-def _auroc(positive: np.ndarray, negative: np.ndarray) -> float:
-    labels = np.repeat([1, 0], [len(positive), len(negative)])
-    return float(roc_auc_score(labels, np.concatenate([positive, negative])))

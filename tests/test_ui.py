@@ -1,6 +1,7 @@
 """What the page promises, seen through a real browser; and the rules of a conversation, without one."""
 
 import base64
+import contextlib
 import json
 import os
 import queue
@@ -316,14 +317,10 @@ def end(app: App) -> int:
     return app.process.wait(timeout=20)
 
 
-@pytest.fixture(scope="module")
-def app(tmp_path_factory) -> Iterator[App]:
-    """The app on the embedded model, ready."""
-    arguments = []
-    for option, variable in CHOICES:
-        if value := os.environ.get(variable):
-            arguments += [option, value]
-    app = start(tmp_path_factory.mktemp("app") / "log.txt", *arguments)
+@contextlib.contextmanager
+def running(log: Path, *arguments: str) -> Iterator[App]:
+    """The app, ready; at the end it must have ended well, and have logged no error."""
+    app = start(log, *arguments)
     try:
         wait_for(lambda: "true" in (health(app) or ""), app, "is ready")
         assert '"ready":true' in (health(app) or "")
@@ -332,6 +329,17 @@ def app(tmp_path_factory) -> Iterator[App]:
         status = end(app)
     assert status == 0, app.log.read_text()
     assert "Traceback" not in app.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory) -> Iterator[App]:
+    """The app on the embedded model, ready."""
+    arguments = []
+    for option, variable in CHOICES:
+        if value := os.environ.get(variable):
+            arguments += [option, value]
+    with running(tmp_path_factory.mktemp("app") / "log.txt", *arguments) as app:
+        yield app
 
 
 @pytest.fixture(scope="module")

@@ -19,16 +19,13 @@ from test_ui import (
     App,
     ask,
     chromium,
-    end,
-    health,
     idle,
     open_find,
     open_tab,
     replies,
-    start,
+    running,
     tab,
     take,
-    wait_for,
     watched,
 )
 
@@ -86,14 +83,8 @@ def ready(engine: Engine) -> Ready:
 @pytest.fixture(scope="module")
 def app(tmp_path_factory, few: Path) -> Iterator[App]:
     """The app on a few prompts, ready."""
-    app = start(tmp_path_factory.mktemp("app") / "log.txt", "--prompts", str(few))
-    try:
-        wait_for(lambda: "true" in (health(app) or ""), app, "is ready")
+    with running(tmp_path_factory.mktemp("app") / "log.txt", "--prompts", str(few)) as app:
         yield app
-    finally:
-        status = end(app)
-    assert status == 0, app.log.read_text()
-    assert "Traceback" not in app.log.read_text()
 
 
 # -- what may be asked for -----------------------------------------------------------------------------------------

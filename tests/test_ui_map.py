@@ -14,15 +14,12 @@ from test_ui import (
     WIDER,
     App,
     chromium,
-    end,
-    health,
     launch,
     open_map,
     open_tab,
-    start,
+    running,
     tab,
     type_message,
-    wait_for,
     watched,
 )
 
@@ -57,14 +54,8 @@ def app(tmp_path_factory) -> Iterator[App]:
     rows.append({"text": HOSTILE, "harmful": False, "split": "train", "category": "<i>odd</i>"})
     path = folder / "prompts.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    app = start(folder / "log.txt", "--prompts", str(path))
-    try:
-        wait_for(lambda: "true" in (health(app) or ""), app, "is ready")
+    with running(folder / "log.txt", "--prompts", str(path)) as app:
         yield app
-    finally:
-        status = end(app)
-    assert status == 0, app.log.read_text()
-    assert "Traceback" not in app.log.read_text()
 
 
 @pytest.fixture(scope="module")
