@@ -7,8 +7,8 @@ modules, look up the step in hand, and do nothing outside it, so two streams tha
 see each other's edits. Batches are padded on the left, always with the attention mask and explicit positions:
 without either, a short row's logits are wrong by several units.
 
-The weights are the checkpoint's own (no folding, no centring), through TransformerLens' `TransformerBridge` with
-each family's attention, MLP and norm modules left as they are: only what is written to the stream is hooked.
+The weights are the checkpoint's own (no folding, no centring). TransformerLens' `TransformerBridge` says which modules of
+a family write to the stream; the hooks are on these modules themselves, so that a step costs what it costs without.
 """
 
 import contextlib
@@ -111,16 +111,24 @@ class _Step:
     writes: dict[int, Tensor] = field(default_factory=dict)
     head_inputs: dict[int, Tensor] = field(default_factory=dict)
 
+    @functools.cached_property
+    def at_writes(self) -> bool:
+        """Whether anything is to be done where the stream is written to."""
+        return bool(self.edits.ablates or self.patches or self.with_gradients or self.read_writes is not None)
 
-class _Block(OpaqueBlockBridge):
-    """A family's own block, hooked at its input and output, that a step may pass over."""
 
-    _passed_over = staticmethod(lambda: False)
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """The modules of a model that stand on its residual stream; `writers` by the names that rows call them by.
 
-    def forward(self, *args, **kwargs):
-        if self._passed_over():
-            return args[0] if args else kwargs["hidden_states"]
-        return super().forward(*args, **kwargs)
+    `head_outputs` are each layer's matrix through which its heads write; empty where heads cannot be told apart.
+    """
+
+    blocks: list[torch.nn.Module]
+    writers: dict[str, torch.nn.Module]
+    embedding_scale: float
+    final_norm: torch.nn.Module
+    head_outputs: list[Any]
 
 
 Thinking = Literal["never", "off", "closed"]
@@ -150,8 +158,9 @@ class ChatModel:
         self._lock = Turns()
         self._desk = Desk(self._lock, lambda edits, **inputs: self._run(_Step(edits), use_cache=True, **inputs))
         self._step: _Step | None = None
-        self._bridge = _bridge(model, tokenizer, name)
-        self.n_layers: int = len(self._bridge.blocks)
+        self._parts = _parts(model, tokenizer, name)
+        self.writers = tuple(self._parts.writers)
+        self.n_layers: int = len(self._parts.blocks)
         self.d_model: int = model.config.get_text_config().hidden_size
         self.n_heads: int = model.config.get_text_config().num_attention_heads
         self.d_vocab: int = cast(torch.nn.Linear, model.get_output_embeddings()).weight.shape[0]
@@ -416,7 +425,7 @@ class ChatModel:
         """What each attention head writes along r̂: (z_h W_O^h) · r̂, in float32 on the CPU, biases left out."""
         along = []
         with torch.inference_mode():
-            for z, matrix in zip(head_inputs, self._head_outputs, strict=True):
+            for z, matrix in zip(head_inputs, self._parts.head_outputs, strict=True):
                 w = matrix.weight if isinstance(matrix, torch.nn.Linear) else matrix.weight.T  # GPT-2 keeps (in, out)
                 per_input = z.float() * (self._write_scale * unit.to(w.device) @ w.float())
                 along.append(per_input.unflatten(-1, (self.n_heads, -1)).sum(-1).cpu())
@@ -430,7 +439,7 @@ class ChatModel:
         head = cast(torch.nn.Linear, self._model.get_output_embeddings())
         with torch.inference_mode():
             both = torch.stack([x, torch.zeros_like(x)]).to(self.device, self.dtype)
-            said, nothing = head(self._bridge.ln_final(both) if final_norm else both).float().cpu()
+            said, nothing = head(self._parts.final_norm(both) if final_norm else both).float().cpu()
             return said - nothing
 
     def begin(
@@ -478,33 +487,28 @@ class ChatModel:
 
     def _place_hooks(self) -> None:
         """Hooks that stay on the model for good, and do nothing but what the step in hand asks for."""
-        points = self._embedding_points()
-        for layer, block in enumerate(self._bridge.blocks):
-            block._passed_over = functools.partial(self._is_passed_over, layer)
-            block.hook_resid_pre.add_perma_hook(functools.partial(self._on_resid_pre, layer))
-            points |= {f"{part} {layer}": point for part, point in _write_points(block).items()}
-        for writer, point in enumerate(points.values()):
-            point.add_perma_hook(functools.partial(self._on_write, writer))
-        self.writers = tuple(points)
-        self._head_outputs = _head_outputs(self._bridge.blocks, self.n_heads)
-        for layer, matrix in enumerate(self._head_outputs):
+        for layer, block in enumerate(self._parts.blocks):
+            block.forward = functools.partial(self._in_block, layer, block.forward)
+        for writer, module in enumerate(self._parts.writers.values()):
+            module.register_forward_hook(functools.partial(self._on_write, writer))
+        for layer, matrix in enumerate(self._parts.head_outputs):
             matrix.register_forward_pre_hook(functools.partial(self._on_heads, layer))
 
-    def _embedding_points(self) -> dict[str, Any]:
-        """The hook points of what is written before the first block: tokens, and in older families positions."""
-        parts = {"embedding": "embed", "positions": "pos_embed"}
-        return {
-            name: getattr(self._bridge, part).hook_out for name, part in parts.items() if hasattr(self._bridge, part)
-        }
-
-    def _is_passed_over(self, layer: int) -> bool:
-        return self._step is not None and self._step.start is not None and layer < self._step.start[0]
-
-    def _on_write(self, writer: int, x: Tensor, hook: object) -> Tensor | None:
+    def _in_block(self, layer: int, forward: Callable, hidden_states: Tensor, *args, **kwargs):
+        """A block's own `forward`, on what the step in hand makes of its input, or passed over."""
         step = self._step
         if step is None:
+            return forward(hidden_states, *args, **kwargs)
+        if step.start is not None and layer < step.start[0]:
+            return hidden_states
+        return forward(self._on_resid_pre(step, layer, hidden_states), *args, **kwargs)
+
+    def _on_write(self, writer: int, module: torch.nn.Module, inputs: object, output: Any) -> Any:
+        step = self._step
+        if step is None or not step.at_writes:
             return None
-        edited = step.edits.at_write(x, self.writers[writer]) if step.edits.active else x
+        x = _first(output)
+        edited = step.edits.at_write(x, self.writers[writer])
         for row, patch in enumerate(step.patches):
             if patch is not None and patch[0] == writer:
                 edited = edited.clone()
@@ -514,11 +518,14 @@ class ChatModel:
             step.writes[writer] = edited
         elif step.read_writes is not None:
             step.writes[writer] = edited[:, list(step.read_writes)] * self._scale_of(writer)
-        return None if edited is x else edited
+        if edited is x:
+            return None
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
     def _scale_of(self, writer: int) -> float:
-        """What a block's output is multiplied with before it is added to the stream: 1 but for Granite."""
-        return self._write_scale if " " in self.writers[writer] else 1.0
+        """What a writer's output is multiplied with before it is added to the stream: 1 but for Granite."""
+        name = self.writers[writer]
+        return self._write_scale if " " in name else self._parts.embedding_scale if name == "embedding" else 1.0
 
     def _on_heads(self, layer: int, module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         step = self._step
@@ -529,10 +536,7 @@ class ChatModel:
         elif step.read_writes is not None:
             step.head_inputs[layer] = inputs[0][:, list(step.read_writes)]
 
-    def _on_resid_pre(self, layer: int, x: Tensor, hook: object) -> Tensor | None:
-        step = self._step
-        if step is None:
-            return None
+    def _on_resid_pre(self, step: _Step, layer: int, x: Tensor) -> Tensor:
         if step.start is not None and step.start[0] == layer:
             x = step.start[1]
         x = step.edits.at_resid_pre(layer, x)
@@ -542,30 +546,26 @@ class ChatModel:
 
     def _check_writes(self) -> None:
         """Raises ModelError unless the hooked writes sum to the stream: a write that is missed is not ablated."""
-        points = list(self._embedding_points().values())
-        for layer, block in enumerate(self._bridge.blocks):
-            if len(_write_points(block)) < 2:
+        for layer in range(self.n_layers):
+            if any(f"{part} {layer}" not in self.writers for part in BLOCK_WRITERS):
                 raise ModelError(
                     f"{self.name}: block {layer} has a write to the residual stream that cannot be hooked, so ablation "
                     "would be incomplete. Take a model of another family."
                 )
-            points += _write_points(block).values()
         if self.device.type == "meta":
-            self._check_sum_on_paper(points)
+            self._check_sum_on_paper()
         else:
-            self._check_sum(points)
+            self._check_sum()
 
-    def _check_sum(self, points: Sequence[Any]) -> None:
+    def _check_sum(self) -> None:
         writes: list[Tensor] = []
         final: list[Tensor] = []
         with contextlib.ExitStack() as stack:
-            for writer, point in enumerate(points):
+            for writer, module in enumerate(self._parts.writers.values()):
                 scale = self._scale_of(writer)
-                handle = point.register_forward_hook(lambda module, args, x, s=scale: writes.append(s * x.float()))
+                handle = module.register_forward_hook(lambda m, args, x, s=scale: writes.append(s * _first(x).float()))
                 stack.callback(handle.remove)
-            handle = self._bridge.blocks[-1].hook_out.register_forward_hook(
-                lambda module, args, x: final.append(x.float())
-            )
+            handle = self._parts.blocks[-1].register_forward_hook(lambda m, args, x: final.append(_first(x).float()))
             stack.callback(handle.remove)
             self.run(self._pad((0,), [self._render(PROBES[0])]))
         rest = (torch.stack([w.to(self.device) for w in writes]).sum(0) - final[0]).norm() / final[0].norm()
@@ -576,12 +576,12 @@ class ChatModel:
                 "ablation would be incomplete. Take a model of another family."
             )
 
-    def _check_sum_on_paper(self, points: Sequence[Any]) -> None:
+    def _check_sum_on_paper(self) -> None:
         """The same without weights: follows the writes through the sums of a forward step that computes nothing."""
         sums, final = _Sums(), []
-        for writer, point in enumerate(points):
-            point.register_forward_hook(lambda module, args, x, w=writer: sums.begin(x, w))
-        self._bridge.blocks[-1].hook_out.register_forward_hook(lambda module, args, x: final.append(sums.of(x)))
+        for writer, module in enumerate(self._parts.writers.values()):
+            module.register_forward_hook(lambda m, args, x, w=writer: sums.begin(_first(x), w))
+        self._parts.blocks[-1].register_forward_hook(lambda m, args, x: final.append(sums.of(_first(x))))
         ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
         mask = torch.zeros(1, 1, 4, 4, dtype=self.dtype, device="meta")
         try:
@@ -589,7 +589,7 @@ class ChatModel:
                 self._model(input_ids=ids, attention_mask=mask, use_cache=False)
         except NOT_ON_PAPER:
             return
-        expected = {writer: self._scale_of(writer) for writer in range(len(points))}
+        expected = {writer: self._scale_of(writer) for writer in range(len(self.writers))}
         if final and (final[0] is None or not _is_close(final[0], expected)):
             raise ModelError(
                 f"{self.name}: something is written to the residual stream that cannot be hooked, so ablation would be "
@@ -650,10 +650,40 @@ def _is_close(terms: Mapping[int, float], expected: Mapping[int, float]) -> bool
     return terms.keys() == expected.keys() and all(math.isclose(c, expected[w], rel_tol=1e-5) for w, c in terms.items())
 
 
-def _write_points(block: GeneralizedComponent) -> dict[str, Any]:
-    """The hook points of what a block writes to the stream, after a post-norm where the family has one."""
-    names = {"attention": "hook_attn_out", "MLP": "hook_mlp_out"}
-    return {part: getattr(block, name) for part, name in names.items() if hasattr(block, name)}
+def _first(output: Any) -> Tensor:
+    """What a module writes to the stream: its output, or the first of several."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+BLOCK_WRITERS = {"attention": "hook_attn_out", "MLP": "hook_mlp_out"}
+"""The writers of a block, and what TransformerLens calls the point where each writes: after a post-norm, if there is one."""
+
+
+def _parts(model: transformers.PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str) -> _Parts:
+    """The parts that TransformerLens names, and `model` as it was before it was asked."""
+    bridge = _bridge(model, tokenizer, name)
+    embeddings = {"embedding": "embed", "positions": "pos_embed"}
+    writers = {n: getattr(bridge, part).original_component for n, part in embeddings.items() if hasattr(bridge, part)}
+    for layer, block in enumerate(bridge.blocks):
+        by_point = {
+            id(c.hook_out): c.original_component for c in block.modules() if isinstance(c, GeneralizedComponent)
+        }
+        for part, point in BLOCK_WRITERS.items():
+            if hasattr(block, point):
+                writers[f"{part} {layer}"] = by_point[id(getattr(block, point))]
+    heads = _head_outputs(bridge.blocks, model.config.get_text_config().num_attention_heads)
+    parts = _Parts(
+        blocks=[block.original_component for block in bridge.blocks],
+        writers=writers,
+        embedding_scale=getattr(bridge.embed, "_output_contribution_scale", 1.0),
+        final_norm=bridge.ln_final.original_component,
+        head_outputs=heads,
+    )
+    for module in list(model.modules()):
+        for child, component in list(module.named_children()):
+            if isinstance(component, GeneralizedComponent) and child != "_original_component":
+                setattr(module, child, component.original_component)
+    return parts
 
 
 OUTPUT_MATRICES = ("o_proj", "c_proj", "dense", "out_proj")
@@ -709,7 +739,7 @@ def _keep_the_familys_modules(adapter: ArchitectureAdapter) -> None:
         "embed": mapping["embed"],
         **positions,
         "ln_final": GeneralizedComponent(name=mapping["ln_final"].name),
-        "blocks": _Block(
+        "blocks": OpaqueBlockBridge(
             name=blocks.name,
             submodules={k: GeneralizedComponent(name=v.name) for k, v in kept.items()},
             hook_alias_overrides=aliases,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from refusal_core.directions import Direction
@@ -49,7 +49,7 @@ class Intervention:
         """`x` after the edit: the formula above, out of place."""
         r = self.direction.unit.to(x.device)
         if self.kind == "ablate":
-            return _ablate(x, r, self.scale)
+            return _ablate(x, r, -self.scale * r)
         return _add(x, self.scale * self.direction.norm * r)
 
 
@@ -67,11 +67,12 @@ def as_row(row: Row | Intervention | None) -> Row:
 
 
 def _ablate(
-    x: Float[Tensor, "... d_model"], r: Float[Tensor, "... d_model"], scale: float | Tensor
+    x: Float[Tensor, "... d_model"], r: Float[Tensor, "... d_model"], minus_sr: Float[Tensor, "... d_model"]
 ) -> Float[Tensor, "... d_model"]:
+    """`x` with −s r̂ (x·r̂) added."""
     # In float32 whatever the stream's dtype: bf16 would leave a visible rest of the direction behind.
     wide = x.float()
-    return torch.addcmul(wide, (wide * r).sum(-1, keepdim=True), -scale * r).to(x.dtype)
+    return torch.addcmul(wide, (wide * r).sum(-1, keepdim=True), minus_sr).to(x.dtype)
 
 
 def _add(x: Float[Tensor, "... d_model"], r: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
@@ -93,27 +94,41 @@ class RowEdits:
         self._additions = {layer: _stack_additions(rows, layer) for layer in _addition_layers(rows)}
 
     @property
-    def active(self) -> bool:
-        """Whether any row is edited anywhere."""
-        return bool(self._everywhere or self._ablations or self._additions)
+    def ablates(self) -> bool:
+        """Whether any row is edited where the stream is written to."""
+        return bool(self._everywhere or self._ablations)
 
     def at_write(self, x: Float[Tensor, "row pos d_model"], writer: str) -> Float[Tensor, "row pos d_model"]:
         """`x`, about to be written to the residual stream by `writer`, with each row's ablations applied in order."""
-        for index, units, scales in self._ablations.get(writer, self._everywhere):
-            r, s = units.to(x.device), scales.to(x.device)
-            x = _replace_rows(x, index, _ablate(_pick_rows(x, index), r, s))
+        for edit in self._ablations.get(writer, self._everywhere):
+            index, r, minus_sr = edit.on(x.device)
+            x = _replace_rows(x, index, _ablate(_pick_rows(x, index), r, minus_sr))
         return x
 
     def at_resid_pre(self, layer: int, x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
         """`x`, the input of block `layer`, with each row's additions that belong there."""
         if layer not in self._additions:
             return x
-        index, vectors = self._additions[layer]
-        return _replace_rows(x, index, _add(_pick_rows(x, index), vectors.to(x.device)))
+        index, vectors = self._additions[layer].on(x.device)
+        return _replace_rows(x, index, _add(_pick_rows(x, index), vectors))
 
 
-def _stack_ablations(rows: Sequence[Row], writer: str | None) -> list[tuple[list[int], Tensor, Tensor]]:
-    """One (rows, r̂ "row 1 d_model", s "row 1 1") per round: ablations of one row need not commute.
+class _Edit:
+    """Some rows of a batch and the vectors "row 1 d_model" of their edit, brought once to each device that asks."""
+
+    def __init__(self, rows: Sequence[int], *vectors: Tensor) -> None:
+        self._tensors = (torch.tensor(rows), *vectors)
+        self._at: dict[torch.device, tuple[Tensor, ...]] = {}
+
+    def on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The rows' numbers and the vectors."""
+        if device not in self._at:
+            self._at[device] = tuple(t.to(device) for t in self._tensors)
+        return self._at[device]
+
+
+def _stack_ablations(rows: Sequence[Row], writer: str | None) -> list[_Edit]:
+    """One edit with r̂ and −s r̂ per round: ablations of one row need not commute.
 
     Of `writer` those that act there; of None, a writer that nobody names, those that act everywhere.
     """
@@ -123,7 +138,8 @@ def _stack_ablations(rows: Sequence[Row], writer: str | None) -> list[tuple[list
         index = [row for row, mine in enumerate(ablations) if turn < len(mine)]
         mine = [ablations[row][turn] for row in index]
         units = torch.stack([i.direction.unit for i in mine])[:, None]
-        rounds.append((index, units, torch.tensor([i.scale for i in mine])[:, None, None]))
+        scales = torch.tensor([i.scale for i in mine])[:, None, None]
+        rounds.append(_Edit(index, units, -scales * units))
     return rounds
 
 
@@ -131,24 +147,22 @@ def _addition_layers(rows: Sequence[Row]) -> set[int]:
     return {i.direction.source.layer for row in rows for i in row if i.kind == "add"}
 
 
-def _stack_additions(rows: Sequence[Row], layer: int) -> tuple[list[int], Tensor]:
-    """The rows with an addition at `layer` and the sum of each row's vectors there, "row 1 d_model"."""
+def _stack_additions(rows: Sequence[Row], layer: int) -> _Edit:
+    """The rows with an addition at `layer` and the sum of each row's vectors there."""
     vectors: dict[int, Tensor] = {}
     for index, row in enumerate(rows):
         for i in row:
             if i.kind == "add" and i.direction.source.layer == layer:
                 vector = i.scale * i.direction.norm * i.direction.unit
                 vectors[index] = vectors[index] + vector if index in vectors else vector
-    return list(vectors), torch.stack(list(vectors.values()))[:, None]
+    return _Edit(list(vectors), torch.stack(list(vectors.values()))[:, None])
 
 
-def _pick_rows(x: Float[Tensor, "row pos d_model"], index: list[int]) -> Float[Tensor, "some pos d_model"]:
-    return x if len(index) == len(x) else x[index]
+def _pick_rows(x: Float[Tensor, "row pos d_model"], index: Int[Tensor, " some"]) -> Float[Tensor, "some pos d_model"]:
+    return x if len(index) == len(x) else x.index_select(0, index)
 
 
 def _replace_rows(
-    x: Float[Tensor, "row pos d_model"], index: list[int], y: Float[Tensor, "some pos d_model"]
+    x: Float[Tensor, "row pos d_model"], index: Int[Tensor, " some"], y: Float[Tensor, "some pos d_model"]
 ) -> Float[Tensor, "row pos d_model"]:
-    if len(index) == len(x):
-        return y
-    return x.index_copy(0, torch.tensor(index, device=x.device), y)
+    return y if len(index) == len(x) else x.index_copy(0, index, y)

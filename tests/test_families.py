@@ -54,7 +54,7 @@ def test_nothing_is_left_along_the_direction_at_any_later_read_after_ablation(fa
     reads = {}
     for name, row in (("plain", ()), ("ablated", (Intervention(r, "ablate"),))):
         # The last read of the stream is that of the unembedding: the final norm's input.
-        handle = model._bridge.ln_final.register_forward_pre_hook(lambda m, x, name=name: reads.update({name: x[0]}))
+        handle = model._parts.final_norm.register_forward_pre_hook(lambda m, x, name=name: reads.update({name: x[0]}))
         output = model.run(batch, [row] * 3, read=[-2, -1])
         handle.remove()
         reads[name] = [output.resid_pre, reads[name][:, -1:]]
@@ -90,7 +90,7 @@ def test_the_gradient_by_each_write_is_the_slope_of_a_small_step_and_the_heads_s
         return
     for layer, (z, by_z) in enumerate(zip(told.head_inputs, told.by_head_input, strict=True)):
         writer = model.writers.index(f"attention {layer}")
-        bias = getattr(model._head_outputs[layer], "bias", None)
+        bias = getattr(model._parts.head_outputs[layer], "bias", None)
         write = told.writes[:, :, writer] - (0 if bias is None else model._write_scale * bias)
         assert_close((z * by_z).sum(), (write * told.by_write[:, :, writer]).sum(), atol=1e-4, rtol=1e-3)
 
@@ -120,7 +120,7 @@ def test_the_writers_sum_to_the_stream_and_the_heads_to_their_attention(family):
     if output.head_inputs is None:
         return
     heads = model.heads_along(output.head_inputs, r.unit)
-    for layer, matrix in enumerate(model._head_outputs):
+    for layer, matrix in enumerate(model._parts.head_outputs):
         attention = output.writes[:, :, model.writers.index(f"attention {layer}")] @ r.unit
         bias = 0.0 if matrix.bias is None else (matrix.bias @ r.unit).item()
         assert_close(heads[:, :, layer].sum(-1) + bias, attention, atol=1e-4, rtol=1e-3)
@@ -129,7 +129,7 @@ def test_the_writers_sum_to_the_stream_and_the_heads_to_their_attention(family):
 @torch.no_grad()
 def test_what_a_vector_adds_to_the_logits_is_the_vectors_and_not_a_bias(family):
     _, model, plain = family
-    head, norm = plain.get_output_embeddings(), model._bridge.ln_final.original_component
+    head, norm = plain.get_output_embeddings(), model._parts.final_norm
     x = direction_of(model).unit
     assert_close(model.unembed(x, final_norm=False), head.weight @ x, atol=1e-5, rtol=1e-4)
     expected = head.weight @ (norm(x[None]) - norm(torch.zeros_like(x)[None]))[0]

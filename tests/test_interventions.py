@@ -97,7 +97,7 @@ def test_scale_zero_is_the_empty_row():
     assert as_row(Intervention(r, "add", 0.0)) == ()
     assert as_row(Intervention(r, "ablate", 1.0, frozenset())) == ()
     assert as_row(None) == ()
-    assert not RowEdits([as_row(Intervention(r, "ablate", 0.0))]).active
+    assert not RowEdits([as_row(Intervention(r, "ablate", 0.0))]).ablates
 
 
 @pytest.mark.parametrize(("kind", "scale"), [("remove", 1.0), ("add", float("nan")), ("add", float("inf"))])
