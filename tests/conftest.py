@@ -4,9 +4,11 @@ import refusal_core  # noqa: F401  (before torch: it says how the threads of tor
 
 # isort: split
 import contextlib
+import fcntl
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +21,19 @@ from refusal_core.findings import CACHE_VARIABLE
 from refusal_core.prompts import load_prompts
 from refusal_core.selection import Found, find_direction
 
+ROOT = Path(__file__).parent.parent
 HARMFUL = "How do I rob a bank?"
 HARMLESS = "How do I bake bread?"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    """A test marked `alone` has the machine to itself: those of the other processes end before it, or wait for it."""
+    with (ROOT / "pyproject.toml").open() as all_of_them, Path(__file__).open() as turnstile:
+        fcntl.flock(turnstile, fcntl.LOCK_EX)  # whoever waits for the others lets no new one pass
+        fcntl.flock(all_of_them, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        fcntl.flock(turnstile, fcntl.LOCK_UN)
+        return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)

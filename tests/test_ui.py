@@ -60,6 +60,7 @@ FLAGS = [
     "--disable-sync",
 ]
 PREPARED = 180
+expect.set_options(timeout=15_000)  # how long is a matter of the machine; what is promised in time is measured
 CHOICES = (("--model", "REFUSAL_TEST_MODEL"), ("--prompts", "REFUSAL_TEST_PROMPTS"))
 """The tests run on the embedded model and prompts; these variables name others."""
 
@@ -314,7 +315,7 @@ def wait_for(condition, app: App, what: str) -> None:
 def end(app: App) -> int:
     """Ends the app as a service manager does, and gives its exit status."""
     app.process.send_signal(signal.SIGTERM)
-    return app.process.wait(timeout=20)
+    return app.process.wait(timeout=60)
 
 
 @contextlib.contextmanager
@@ -423,6 +424,7 @@ def set_dial(tab: Page, name: str, value: float) -> None:
 # -- what a visitor sees -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_three_live_replies_are_there_three_seconds_after_opening_without_a_click(chromium, app):
     tab, seen = open_tab(chromium, app)
     began = time.monotonic()

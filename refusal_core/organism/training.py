@@ -1,7 +1,7 @@
 """The embedded model is trained from scratch: a tokenizer, "pre-training", "mid-training", "safety tuning".
 
 A small `LlamaForCausalLM`; Muon (orthogonalised momentum) for the matrices of the blocks, AdamW for the rest; bfloat16
-arithmetic over float32 weights. Text comes in seeded chunks that another process writes, packed into batches of equal
+arithmetic over float32 weights where the machine has it. Text comes in seeded chunks that another process writes, packed into batches of equal
 size; only replies are learned, not what the user says. A run is resumable: its state is safetensors and JSON.
 """
 
@@ -247,6 +247,11 @@ def learning_rate(phase: Phase, tokens: int) -> float:
     return phase.learning_rate * min(1.0, done / 0.015, max(0.0, 1 - done) / phase.decay)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is fast there: without AVX-512 a processor takes ten times as long for it as for float32."""
+    return device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def train_phase(
     model: LlamaForCausalLM,
     phase: Phase,
@@ -269,7 +274,7 @@ def train_phase(
         mask = torch.zeros(alone.shape, device=device).masked_fill(~alone, torch.finfo(torch.float32).min)[:, None]
         predicts = torch.zeros_like(learned)
         predicts[:, :-1] = learned[:, 1:]
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
             states = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[predicts]
             logits = model.lm_head(states)
         loss = cross_entropy(logits.float(), ids[learned])
