@@ -15,12 +15,16 @@ from benchmarks.subjects import Subject, subject
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of each work, in the order they were done; `goals` is the ratio to `baseline` each should not exceed."""
+    """Seconds of each work, in the order they were done.
+
+    `goals` is the ratio to `baseline` each should not exceed, `limits` the seconds.
+    """
 
     title: str
     baseline: str
     seconds: dict[str, list[float]]
     goals: dict[str, float] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
 
     def ratio(self, work: str) -> float:
         """The median over that of the baseline."""
@@ -30,11 +34,9 @@ class Measured:
         """A table with a line for each work."""
         lines = ["| work | median | shortest to longest | times the baseline | goal |", "|---|---|---|---|---|"]
         for work, taken in self.seconds.items():
-            ratio, goal = (
-                ("1", "")
-                if work == self.baseline
-                else (f"**{self.ratio(work):.2f}**", f"≤ {self.goals[work]:g}" if work in self.goals else "")
-            )
+            ratio = "1" if work == self.baseline else f"**{self.ratio(work):.2f}**"
+            goal = f"≤ {self.goals[work]:g}" if work in self.goals else ""
+            goal = f"≤ {_readable(self.limits[work])}" if work in self.limits else goal
             middle, shortest, longest = (_readable(f(taken)) for f in (statistics.median, min, max))
             name = f"{work} (baseline)" if work == self.baseline else work
             lines.append(f"| {name} | {middle} | {shortest} to {longest} | {ratio} | {goal} |")
