@@ -155,7 +155,7 @@ class ChatModel:
         self.d_model: int = model.config.get_text_config().hidden_size
         self.n_heads: int = model.config.get_text_config().num_attention_heads
         self.d_vocab: int = cast(torch.nn.Linear, model.get_output_embeddings()).weight.shape[0]
-        self._write_scale: float = getattr(model.config.get_text_config(), "residual_multiplier", 1.0)
+        self.write_scale: float = getattr(model.config.get_text_config(), "residual_multiplier", 1.0)
         self._place_hooks()
         self._check_writes()
 
@@ -418,7 +418,7 @@ class ChatModel:
         with torch.inference_mode():
             for z, matrix in zip(head_inputs, self._head_outputs, strict=True):
                 w = matrix.weight if isinstance(matrix, torch.nn.Linear) else matrix.weight.T  # GPT-2 keeps (in, out)
-                per_input = z.float() * (self._write_scale * unit.to(w.device) @ w.float())
+                per_input = z.float() * (self.write_scale * unit.to(w.device) @ w.float())
                 along.append(per_input.unflatten(-1, (self.n_heads, -1)).sum(-1).cpu())
         return torch.stack(along, dim=2)
 
@@ -518,7 +518,7 @@ class ChatModel:
 
     def _scale_of(self, writer: int) -> float:
         """What a block's output is multiplied with before it is added to the stream: 1 but for Granite."""
-        return self._write_scale if " " in self.writers[writer] else 1.0
+        return self.write_scale if " " in self.writers[writer] else 1.0
 
     def _on_heads(self, layer: int, module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         step = self._step
