@@ -16,7 +16,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import huggingface_hub
@@ -24,10 +24,11 @@ import torch
 
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import Direction, DirectionError
-from refusal_core.evaluation import Report, evaluate, paper_rows
+from refusal_core.evaluation import N_DAMAGE, Report, damage_curve, evaluate, paper_rows
 from refusal_core.findings import CACHE_VARIABLE, as_json, find_or_recall, funnel, load_found, save_found
 from refusal_core.formats import load_direction
 from refusal_core.generation import MAX_NEW_TOKENS
+from refusal_core.interventions import Kind
 from refusal_core.orthogonalize import NEEDS_MEAN, VARIANTS, export
 from refusal_core.prompts import PromptError, PromptSet, Split, load_prompts
 from refusal_core.selection import KL_LIMIT, LAYER_SHARE, CandidateScore, Found, Rule, find_direction
@@ -40,6 +41,7 @@ examples:
   python -m refusal_core find ./my-model --harmful bad.txt --harmless good.txt --json > found.json
   python -m refusal_core chat Qwen/Qwen2.5-0.5B-Instruct --direction qwen/direction.safetensors
   python -m refusal_core evaluate --n 20 --json | jq .rates
+  python -m refusal_core evaluate --n 20 --strengths --exported toy-without
   python -m refusal_core export Qwen/Qwen2.5-0.5B-Instruct --out qwen-without
   python -m refusal_core export --variant projected-norm-preserving --out toy-without
 
@@ -139,6 +141,14 @@ def _parser() -> argparse.ArgumentParser:
     rates.add_argument("--n", type=int, default=100, help="how many test prompts of each class; default: 100")
     rates.add_argument("--rules", choices=("paper", "default"), default="paper", help="the judge; default: the paper's")
     rates.add_argument("--resume", type=Path, metavar="FILE", help="keep finished replies here, and go on from them")
+    rates.add_argument(
+        "--exported", action="append", default=[], metavar="DIR",
+        help="a row more for weights that export has written, beside the hooks; may be given again",
+    )  # fmt: skip
+    rates.add_argument(
+        "--strengths", action="store_true",
+        help="measure the damage to harmless replies at every strength of removal and addition as well",
+    )  # fmt: skip
     weights = add("export", "Write a checkpoint in whose weights the direction is removed or added.", given, machine)
     weights.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     weights.add_argument(
@@ -184,18 +194,26 @@ def _chat(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     model = _model(options)
-    rows = paper_rows(_direction(model, options))
+    direction = _direction(model, options)
     prompts = _prompts("test", options).draw(options.n, options.seed)
     report: Report = followed(
         evaluate(
             model,
             prompts,
-            rows,
+            paper_rows(direction),
+            exported=options.exported,
             rules=options.rules,
             max_new_tokens=options.max_new_tokens,
             resume=options.resume,
         )
     )
+    if options.strengths:
+        texts, length = prompts.harmless[:N_DAMAGE], options.max_new_tokens
+        kinds: tuple[Kind, ...] = ("ablate", "add")
+        report = replace(
+            report,
+            damage=tuple(followed(damage_curve(model, texts, direction, k, max_new_tokens=length)) for k in kinds),
+        )
     print(report.as_json() if options.json else report.as_markdown())
     return 0
 

@@ -47,6 +47,9 @@ ORGANISM = Path(__file__).parent.parent / "assets" / "organism"
 Conversation = str | Sequence[Mapping[str, str]]
 """One user message, or a chat as `{"role": …, "content": …}` messages that ends with the user's."""
 
+MOST_LOGITS = 2**25
+"""So many numbers a step over whole replies makes at most: 128 MB in float32."""
+
 PROBES = ("a", "Hi", "What is 7 + 5?", "Thanks!", "one, two", "(so)", "é", "done.")
 """Messages with different last characters: the last one may merge with the template's first token."""
 
@@ -343,6 +346,36 @@ class ChatModel:
             out[list(batch.index)] = step.logits.float().cpu()
         return out
 
+    def reply_losses(
+        self,
+        conversations: Sequence[Conversation],
+        replies: Sequence[Sequence[int]],
+        rows: Sequence[Row | Intervention | None] | None = None,
+    ) -> Float[Tensor, " row"]:
+        """The cross-entropy of each reply, whoever wrote it: the mean of −log p over its tokens, in nats, float64.
+
+        NaN for an empty reply; one that does not fit is read as far as it does. Raises as `logits` does.
+        """
+        rows = self.check_rows(rows, len(conversations))
+        room = [self.n_ctx - len(self.render(c)) for c in conversations]
+        read = [tuple(reply[:most]) for reply, most in zip(replies, room, strict=True)]
+        out = torch.full((len(read),), torch.nan, dtype=torch.float64)
+        order = sorted(range(len(read)), key=lambda i: len(read[i]), reverse=True)
+        while order and (longest := len(read[order[0]])):
+            n = max(1, MOST_LOGITS // ((longest + 1) * self.d_vocab))
+            now, order = order[:n], order[n:]
+            batch = self.continued([conversations[i] for i in now], [read[i] for i in now])
+            places = (batch.mask.cumsum(-1) - 1).clamp(min=0)
+            step = _Step(RowEdits([rows[i] for i in now]))
+            with self._lock:
+                inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": places}
+                logits = self._run(step, longest + 1, use_cache=False, **inputs).logits
+            said = logits[:, :-1].float().log_softmax(-1).gather(-1, batch.ids[:, -longest:, None])[..., 0]
+            for row, i in enumerate(now):
+                if read[i]:
+                    out[i] = -said[row, -len(read[i]) :].double().mean().item()
+        return out
+
     def run(
         self,
         batch: Batch,
@@ -464,13 +497,13 @@ class ChatModel:
             )
         return checked
 
-    def _run(self, step: _Step, **inputs):
-        """One step of the model, by whoever holds its lock."""
+    def _run(self, step: _Step, keep: int = 1, **inputs):
+        """One step of the model, the logits of its `keep` last positions, by whoever holds its lock."""
         graph = step.with_gradients
         with torch.inference_mode(not graph), torch.set_grad_enabled(graph):
             self._step = step
             try:
-                return self._model(**inputs, logits_to_keep=1, return_dict=True)
+                return self._model(**inputs, logits_to_keep=keep, return_dict=True)
             finally:
                 self._step = None
 
