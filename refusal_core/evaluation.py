@@ -481,8 +481,10 @@ def damage_curve(
 ) -> Iterator[Progress | Damage]:
     """What the direction costs on harmless `texts` at `scales`, by default `REMOVALS` or `ADDITIONS`; at last `Damage`.
 
-    Ends early when `stop` is set. Raises PromptError and ModelError as `ChatModel.begin` does.
+    Ends early when `stop` is set. Raises PromptError without texts, and PromptError and ModelError as `ChatModel.begin`.
     """
+    if not texts:
+        raise PromptError("Damage is measured on harmless prompts, and there is none: add some.")
     scales = tuple(scales) if scales is not None else REMOVALS if kind == "ablate" else ADDITIONS
     rows: list[Row] = [(), *((Intervention(direction, kind, scale),) for scale in scales if scale)]
     jobs = [(text, row) for row in rows for text in texts]

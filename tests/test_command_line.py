@@ -45,12 +45,16 @@ def test_find_says_what_it_chose_and_finds_it_again_at_once(lists, tmp_path, cap
 def test_evaluate_and_export_put_one_json_document_on_stdout(found: Found, tmp_path, capsys):
     save_found(found, tmp_path / "found")
     given = ["--direction", str(tmp_path / "found" / "direction.safetensors"), "--device", "cpu", "--json"]
-    assert main(["evaluate", *given, "--n", "2", "--max-new-tokens", "4"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["completions"]) == 16
-    assert main(["export", *given, "--variant", "projected", "--out", str(tmp_path / "edited")]) == 0
+    edited = str(tmp_path / "edited")
+    assert main(["export", *given, "--variant", "projected", "--out", edited]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["exact"] and said["path"] == str(tmp_path / "edited")
+    assert said["exact"] and said["path"] == edited
     assert said["variant"] == "projected" and said["refusal_tokens"] == list(found.refusal_tokens)
+    few = ["--n", "2", "--max-new-tokens", "4"]
+    assert main(["evaluate", *given, *few, "--strengths", "--exported", edited]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert len(said["completions"]) == 4 * 5 and said["rates"][-1]["row"] == "exported weights, edited"
+    assert [len(damage["cross_entropy"]) for damage in said["damage"]] == [11, 21]
 
 
 def test_a_direction_that_stands_alone_cannot_be_projected_and_the_remedy_is_said(direction, tmp_path, capsys):
