@@ -16,7 +16,8 @@ Each module is a room, and may import only rooms above it:
     findings        what a search found, saved and read back; the cache that makes a second start immediate
     evaluation      rates with intervals, with and without; the first token by strength (dose–response)
     attribution     which parts write the direction, which words it raises, where each token lies along it
-    orthogonalize   the ablation written into the weights; export, measured against the hooks
+    weights         which tensors of a checkpoint write to the stream; one of them without a direction
+    orthogonalize   an intervention written into the weights; export, measured against the hooks
     geometry        PCA and separation, layer by layer; where one more prompt lies
     plots           figures
     organism/       the embedded model: corpus, training, evaluation

@@ -5,17 +5,18 @@ commands:
   find      find a model's refusal direction, and say of every candidate which rule discarded it
   chat      talk with the model unchanged, with the direction removed, and with it added, side by side
   evaluate  complete harmful and harmless prompts with and without the direction, and give the rates
-  export    write a checkpoint from whose weights the direction is removed
+  export    write a checkpoint in whose weights the direction is removed or added
 
 MODEL is a folder or a hub id (Qwen/Qwen2.5-0.5B-Instruct); without one it is the embedded toy model. A direction that
 is needed and not given is found first; a search that was made before is recalled from the cache.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import huggingface_hub
@@ -23,11 +24,12 @@ import torch
 
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import Direction, DirectionError
-from refusal_core.evaluation import Report, evaluate, paper_rows
-from refusal_core.findings import CACHE_VARIABLE, as_json, find_or_recall, funnel, save_found
+from refusal_core.evaluation import N_DAMAGE, Report, damage_curve, evaluate, paper_rows
+from refusal_core.findings import CACHE_VARIABLE, as_json, find_or_recall, funnel, load_found, save_found
 from refusal_core.formats import load_direction
 from refusal_core.generation import MAX_NEW_TOKENS
-from refusal_core.orthogonalize import export
+from refusal_core.interventions import Kind
+from refusal_core.orthogonalize import NEEDS_MEAN, VARIANTS, export
 from refusal_core.prompts import PromptError, PromptSet, Split, load_prompts
 from refusal_core.selection import KL_LIMIT, LAYER_SHARE, CandidateScore, Found, Rule, find_direction
 from refusal_core.terminal import chat, followed
@@ -39,7 +41,9 @@ examples:
   python -m refusal_core find ./my-model --harmful bad.txt --harmless good.txt --json > found.json
   python -m refusal_core chat Qwen/Qwen2.5-0.5B-Instruct --direction qwen/direction.safetensors
   python -m refusal_core evaluate --n 20 --json | jq .rates
+  python -m refusal_core evaluate --n 20 --strengths --exported toy-without
   python -m refusal_core export Qwen/Qwen2.5-0.5B-Instruct --out qwen-without
+  python -m refusal_core export --variant projected-norm-preserving --out toy-without
 
 exit status:
   0    done
@@ -137,9 +141,32 @@ def _parser() -> argparse.ArgumentParser:
     rates.add_argument("--n", type=int, default=100, help="how many test prompts of each class; default: 100")
     rates.add_argument("--rules", choices=("paper", "default"), default="paper", help="the judge; default: the paper's")
     rates.add_argument("--resume", type=Path, metavar="FILE", help="keep finished replies here, and go on from them")
-    weights = add("export", "Write a checkpoint from whose weights the direction is removed.", given, machine)
+    rates.add_argument(
+        "--exported", action="append", default=[], metavar="DIR",
+        help="a row more for weights that export has written, beside the hooks; may be given again",
+    )  # fmt: skip
+    rates.add_argument(
+        "--strengths", action="store_true",
+        help="measure the damage to harmless replies at every strength of removal and addition as well",
+    )  # fmt: skip
+    weights = add("export", "Write a checkpoint in whose weights the direction is removed or added.", given, machine)
     weights.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    weights.add_argument(
+        "--variant", choices=VARIANTS, default="ablation",
+        help="ablation and addition are the interventions, exactly; norm-preserving and projected approximate the "
+        "ablation; default: ablation",
+    )  # fmt: skip
+    weights.add_argument(
+        "--strength", type=_strength, default=1.0, metavar="S", help="of an addition, from -10 to 10; default: 1"
+    )
     return parser
+
+
+def _strength(text: str) -> float:
+    number = float(text)
+    if not abs(number) <= 10:
+        raise ValueError
+    return number
 
 
 # -- commands --------------------------------------------------------------------------------------------------------
@@ -167,32 +194,66 @@ def _chat(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     model = _model(options)
-    rows = paper_rows(_direction(model, options))
+    direction = _direction(model, options)
     prompts = _prompts("test", options).draw(options.n, options.seed)
     report: Report = followed(
         evaluate(
             model,
             prompts,
-            rows,
+            paper_rows(direction),
+            exported=options.exported,
             rules=options.rules,
             max_new_tokens=options.max_new_tokens,
             resume=options.resume,
         )
     )
+    if options.strengths:
+        texts, length = prompts.harmless[:N_DAMAGE], options.max_new_tokens
+        kinds: tuple[Kind, ...] = ("ablate", "add")
+        report = replace(
+            report,
+            damage=tuple(followed(damage_curve(model, texts, direction, k, max_new_tokens=length)) for k in kinds),
+        )
     print(report.as_json() if options.json else report.as_markdown())
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
     model = _model(options)
-    report = export(model, _direction(model, options), options.out)
+    found = _found_with(options.direction) if options.direction else _found(model, options)
+    direction = load_direction(model, options.direction) if options.direction else None
+    if found is None or (direction is not None and found.direction.digest != direction.digest):
+        found = None
+        if options.variant in NEEDS_MEAN:
+            raise DirectionError(
+                f"The variant {options.variant!r} needs the mean of the harmless activations where the direction was read, "
+                f"which {options.direction} does not hold: name the direction.safetensors in a folder that find --out has "
+                "written, whole, or leave --direction out to find it anew."
+            )
+    mean = tokens = None
+    if found is not None:
+        direction, tokens = found.direction, found.refusal_tokens
+        mean = found.harmless_mean(direction.source.position, direction.source.layer)
+    assert direction is not None
+    report = export(
+        model,
+        direction,
+        options.out,
+        variant=options.variant,
+        harmless_mean=mean,
+        strength=options.strength,
+        refusal_tokens=tokens,
+    )
     if options.json:
         print(json.dumps(asdict(report) | {"exact": report.exact}))
     else:
         print(
-            f"{report.path}: {report.edited} tensors edited; over {report.n_prompts} prompts the logits differ from the "
-            f"hooks' by at most {report.max_logit_difference:.2e}, and {report.same_first_token:.0%} of the first tokens "
-            "are the same"
+            f"{report.path}: {report.variant}, {report.edited} tensors edited. Over {report.n_prompts} prompts the logits "
+            f"differ from the hooks' by at most {report.max_logit_difference:.2e} "
+            f"({'exact up to rounding' if report.exact else 'an approximation'}), and {report.same_first_token:.0%} of the "
+            f"first tokens are the same. KL on harmless prompts {report.kl:.4f} nats (hooks {report.kl_of_hooks:.4f}); "
+            f"{report.refusing:.0%} of the harmful ones start like a refusal (unchanged {report.refusing_unchanged:.0%}, "
+            f"hooks {report.refusing_with_hooks:.0%})."
         )
     return 0
 
@@ -221,6 +282,13 @@ def _found(model: ChatModel, options: argparse.Namespace, *, complete: bool = Fa
     search = find_direction if options.no_cache else find_or_recall
     train, val = _prompts("train", options), _prompts("val", options)
     return followed(search(model, train, val, complete=complete, seed=options.seed))
+
+
+def _found_with(direction: Path) -> Found | None:
+    """The search in whose folder this direction was saved, None if the file stands alone."""
+    with contextlib.suppress(DirectionError):
+        return load_found(direction if direction.is_dir() else direction.parent)
+    return None
 
 
 def _save(found: Found, folder: Path) -> None:

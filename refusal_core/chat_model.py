@@ -47,6 +47,9 @@ ORGANISM = Path(__file__).parent.parent / "assets" / "organism"
 Conversation = str | Sequence[Mapping[str, str]]
 """One user message, or a chat as `{"role": …, "content": …}` messages that ends with the user's."""
 
+MOST_LOGITS = 2**25
+"""So many numbers a step over whole replies makes at most: 128 MB in float32."""
+
 PROBES = ("a", "Hi", "What is 7 + 5?", "Thanks!", "one, two", "(so)", "é", "done.")
 """Messages with different last characters: the last one may merge with the template's first token."""
 
@@ -164,7 +167,7 @@ class ChatModel:
         self.d_model: int = model.config.get_text_config().hidden_size
         self.n_heads: int = model.config.get_text_config().num_attention_heads
         self.d_vocab: int = cast(torch.nn.Linear, model.get_output_embeddings()).weight.shape[0]
-        self._write_scale: float = getattr(model.config.get_text_config(), "residual_multiplier", 1.0)
+        self.write_scale: float = getattr(model.config.get_text_config(), "residual_multiplier", 1.0)
         self._place_hooks()
         self._check_writes()
 
@@ -352,6 +355,36 @@ class ChatModel:
             out[list(batch.index)] = step.logits.float().cpu()
         return out
 
+    def reply_losses(
+        self,
+        conversations: Sequence[Conversation],
+        replies: Sequence[Sequence[int]],
+        rows: Sequence[Row | Intervention | None] | None = None,
+    ) -> Float[Tensor, " row"]:
+        """The cross-entropy of each reply, whoever wrote it: the mean of −log p over its tokens, in nats, float64.
+
+        NaN for an empty reply; one that does not fit is read as far as it does. Raises as `logits` does.
+        """
+        rows = self.check_rows(rows, len(conversations))
+        room = [self.n_ctx - len(self.render(c)) for c in conversations]
+        read = [tuple(reply[:most]) for reply, most in zip(replies, room, strict=True)]
+        out = torch.full((len(read),), torch.nan, dtype=torch.float64)
+        order = sorted(range(len(read)), key=lambda i: len(read[i]), reverse=True)
+        while order and (longest := len(read[order[0]])):
+            n = max(1, MOST_LOGITS // ((longest + 1) * self.d_vocab))
+            now, order = order[:n], order[n:]
+            batch = self.continued([conversations[i] for i in now], [read[i] for i in now])
+            places = (batch.mask.cumsum(-1) - 1).clamp(min=0)
+            step = _Step(RowEdits([rows[i] for i in now]))
+            with self._lock:
+                inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": places}
+                logits = self._run(step, longest + 1, use_cache=False, **inputs).logits
+            said = logits[:, :-1].float().log_softmax(-1).gather(-1, batch.ids[:, -longest:, None])[..., 0]
+            for row, i in enumerate(now):
+                if read[i]:
+                    out[i] = -said[row, -len(read[i]) :].double().mean().item()
+        return out
+
     def run(
         self,
         batch: Batch,
@@ -427,7 +460,7 @@ class ChatModel:
         with torch.inference_mode():
             for z, matrix in zip(head_inputs, self._parts.head_outputs, strict=True):
                 w = matrix.weight if isinstance(matrix, torch.nn.Linear) else matrix.weight.T  # GPT-2 keeps (in, out)
-                per_input = z.float() * (self._write_scale * unit.to(w.device) @ w.float())
+                per_input = z.float() * (self.write_scale * unit.to(w.device) @ w.float())
                 along.append(per_input.unflatten(-1, (self.n_heads, -1)).sum(-1).cpu())
         return torch.stack(along, dim=2)
 
@@ -473,13 +506,13 @@ class ChatModel:
             )
         return checked
 
-    def _run(self, step: _Step, **inputs):
-        """One step of the model, by whoever holds its lock."""
+    def _run(self, step: _Step, keep: int = 1, **inputs):
+        """One step of the model, the logits of its `keep` last positions, by whoever holds its lock."""
         graph = step.with_gradients
         with torch.inference_mode(not graph), torch.set_grad_enabled(graph):
             self._step = step
             try:
-                return self._model(**inputs, logits_to_keep=1, return_dict=True)
+                return self._model(**inputs, logits_to_keep=keep, return_dict=True)
             finally:
                 self._step = None
 
@@ -525,7 +558,7 @@ class ChatModel:
     def _scale_of(self, writer: int) -> float:
         """What a writer's output is multiplied with before it is added to the stream: 1 but for Granite."""
         name = self.writers[writer]
-        return self._write_scale if " " in name else self._parts.embedding_scale if name == "embedding" else 1.0
+        return self.write_scale if " " in name else self._parts.embedding_scale if name == "embedding" else 1.0
 
     def _on_heads(self, layer: int, module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         step = self._step

@@ -37,7 +37,7 @@ class Source:
     `fingerprint` names the weights themselves, so that a moved folder is still the same model. `origin` names the
     format of another tool's file that the direction comes from, in which nothing says which weights it was read from.
     `contrast` names the two classes, the first minus the second, of a direction that is not about refusal; `control` what
-    is no direction at all.
+    is no direction at all; `projected` the activations whose mean was taken out of it.
     """
 
     model: str = ""
@@ -51,6 +51,7 @@ class Source:
     control: str = ""
     origin: str = ""
     contrast: str = ""
+    projected: str = ""
 
     def as_json(self) -> str:
         """What `read_source` reads."""
@@ -142,6 +143,22 @@ def random_like(direction: Direction, seed: int) -> Direction:
     r = torch.randn(direction.unit.shape, generator=generator)
     source = replace(direction.source, control=f"random, seed {seed}")
     return Direction(r / r.norm(), direction.norm, source)
+
+
+def project(direction: Direction, mean: Float[Tensor, " d_model"], of: str) -> Direction:
+    """r − (r·μ̂) μ̂: what tells the classes apart beyond μ, the `mean` harmless activation where r was read.
+
+    The idea is Jim Lai's ("Projected Abliteration", huggingface.co/blog/grimjim, 2025); `of` says whose mean it is. Raises
+    DirectionError if the mean has another width or is zero, or if nothing is left.
+    """
+    if mean.shape != direction.unit.shape or not mean.norm() >= ZERO_NORM:
+        raise DirectionError(
+            f"A direction of {len(direction.unit)} numbers is projected with a mean activation of as many, which is not "
+            "zero: take that of the harmless prompts at the layer and position it was read at."
+        )
+    mu = mean.double() / mean.double().norm()
+    r = direction.norm * direction.unit.double()
+    return Direction.from_difference(r - (r @ mu) * mu, replace(direction.source, projected=of))
 
 
 def difference_in_means(

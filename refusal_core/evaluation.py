@@ -2,7 +2,13 @@
 
     refused, answered, unclear    of the greedy replies to n prompts, each share with a Wilson interval
     KL                            of the first token's distribution against the unchanged model: the damage
+    cross-entropy                 −log p per token, in nats, of the unchanged model's own greedy replies to harmless
+                                  prompts, as the edited model reads them: what it finds odd about good answers
+    repetition                    share of the 4-grams of a reply that occurred in it before (`metrics.repetition`)
     p(s)                          Σ over refusal tokens t of softmax(logits)[t], the direction at strength s
+
+Its own replies, and not some text: they are what the model says when nothing is wrong, in every language, chat template
+and licence; at strength 0 the cross-entropy is how unsure it is of them, and only the rise above that is damage.
 
 The paper's experiment is harmful prompts unchanged, with the direction removed, and with it subtracted; and harmless
 prompts unchanged and with it added (Arditi et al. 2024, §3). "Did not refuse" and "answered" are two numbers.
@@ -25,17 +31,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from refusal_core.chat_model import ChatModel, Conversation
+from refusal_core.chat_model import ChatModel, Conversation, ModelError
 from refusal_core.directions import Direction, random_like
 from refusal_core.generation import Ending, stream_side_by_side
 from refusal_core.interventions import Intervention, Kind, Row
-from refusal_core.metrics import Rules, judge, kl_divergence, refusal_probability, wilson
+from refusal_core.metrics import Rules, judge, kl_divergence, refusal_probability, repetition, wilson
 from refusal_core.prompts import PromptError, PromptSet
 from refusal_core.selection import Progress
 
 REMOVALS = tuple(i / 10 for i in range(11))
 ADDITIONS = (-1.0, -0.8, -0.6, -0.4, -0.2, *REMOVALS, 1.2, 1.4, 1.6, 1.8, 2.0)
 """The strengths of a curve: 11 and 21, finer where replies tend to flip; 0 and 1 are among them."""
+
+N_DAMAGE = 12
+"""How many harmless prompts the damage by strength is the mean of: each is answered at every strength."""
 
 MAX_TOKENS = 4096
 BATCH = 48
@@ -60,7 +69,11 @@ class Completion:
 
 @dataclass(frozen=True)
 class Rates:
-    """One row of interventions on one class of prompts; `kl` in nats, the mean against the unchanged model."""
+    """One setting on one class of prompts; `kl` in nats, the mean against the unchanged model.
+
+    `repetition` is the mean over replies; `cross_entropy`, in nats per token, that over the unchanged model's replies:
+    None on harmful prompts, and where the unchanged model was not asked.
+    """
 
     row: str
     harmful: bool
@@ -68,6 +81,8 @@ class Rates:
     refused: int
     unclear: int
     kl: float
+    cross_entropy: float | None
+    repetition: float
 
     @property
     def answered(self) -> int:
@@ -76,8 +91,38 @@ class Rates:
 
 
 @dataclass(frozen=True)
+class Damage:
+    """What a direction costs at each strength, in rising order: means over the replies to `n` harmless prompts.
+
+    `kl` is of the first token against the untouched model, in nats; `cross_entropy` of its greedy replies of at most
+    `max_new_tokens`, in nats per token; `repetition` the share of repeated 4-grams in the replies at that strength.
+    """
+
+    kind: Kind
+    n: int
+    max_new_tokens: int
+    scales: tuple[float, ...]
+    kl: tuple[float, ...]
+    cross_entropy: tuple[float, ...]
+    repetition: tuple[float, ...]
+
+
+def damage_table(damages: Sequence[Damage]) -> str:
+    """The damage at every strength, in Markdown."""
+    lines = [
+        "| harmless prompts | strength | n | KL (nats) | cross-entropy (nats/token) | repeated 4-grams |",
+        "|---|---|---|---|---|---|",
+    ]
+    for d in damages:
+        what = "direction removed" if d.kind == "ablate" else "direction added"
+        for scale, kl, ce, again in zip(d.scales, d.kl, d.cross_entropy, d.repetition, strict=True):
+            lines.append(f"| {what} | {_signed(scale)} | {d.n} | {kl:.3f} | {ce:.3f} | {again:.1%} |")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
 class Report:
-    """What an evaluation found, with everything it was made from."""
+    """What an evaluation found, with everything it was made from; `damage` by strength, where that was measured."""
 
     model: str
     fingerprint: str
@@ -87,15 +132,20 @@ class Report:
     max_new_tokens: int
     rates: tuple[Rates, ...]
     completions: tuple[Completion, ...]
+    damage: tuple[Damage, ...] = ()
 
     def as_markdown(self) -> str:
-        """The table: shares with their 95 % Wilson intervals."""
-        lines = ["| prompts | model | n | refused | answered | unclear | KL (nats) |", "|---|---|---|---|---|---|---|"]
+        """The tables: shares with their 95 % Wilson intervals, and the damage by strength if there is any."""
+        lines = [
+            "| prompts | model | n | refused | answered | unclear | KL (nats) | cross-entropy (nats/token) | repeated 4-grams |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
         for r in self.rates:
             cls = "harmful" if r.harmful else "harmless"
             shares = " | ".join(_share(k, r.n) for k in (r.refused, r.answered, r.unclear))
-            lines.append(f"| {cls} | {r.row} | {r.n} | {shares} | {r.kl:.3f} |")
-        return "\n".join(lines)
+            ce = "–" if r.cross_entropy is None else f"{r.cross_entropy:.3f}"
+            lines.append(f"| {cls} | {r.row} | {r.n} | {shares} | {r.kl:.3f} | {ce} | {r.repetition:.1%} |")
+        return "\n".join([*lines, *(["", damage_table(self.damage)] if self.damage else [])])
 
     def as_json(self) -> str:
         """Everything, completions included."""
@@ -118,9 +168,13 @@ def name_of(row: Row) -> str:
     said = []
     for i in row:
         what = "removed" if i.kind == "ablate" else "added"
-        strength = f" {i.scale:g}×".replace("-", "−") if i.kind == "add" or i.scale != 1 else ""
+        strength = f" {_signed(i.scale)}×" if i.kind == "add" or i.scale != 1 else ""
         said.append(f"{i.direction.source.control or 'direction'} {what}{strength}")
     return ", ".join(said) or "unchanged"
+
+
+def _signed(scale: float) -> str:
+    return f"{scale:g}".replace("-", "−")
 
 
 def complete(
@@ -147,11 +201,21 @@ def complete(
         yield {i: (text, ending or "length") for i, text, ending in zip(now, last.texts, last.finished, strict=True)}
 
 
+@dataclass(frozen=True, eq=False)
+class _Setting:
+    """A line of the table: a model and what is done to it."""
+
+    name: str
+    model: ChatModel
+    row: Row
+
+
 def evaluate(
     model: ChatModel,
     prompts: PromptSet,
     rows: Sequence[Row | Intervention | None],
     *,
+    exported: Sequence[str | Path] = (),
     rules: Rules = "paper",
     max_new_tokens: int = 64,
     resume: str | Path | None = None,
@@ -159,25 +223,29 @@ def evaluate(
 ) -> Iterator[Progress | Report]:
     """Completes every prompt under every row, judges the replies; yields `Progress` and, last, the `Report`.
 
-    `resume` names a file in which finished replies are kept line by line: a run that was ended there, however, goes on
-    with what is missing. `stop` ends the iteration early. Raises ModelError and PromptError as `ChatModel.begin` does,
-    and PromptError for a `resume` file that is something else.
+    `exported` are folders with edited weights of this model: each is a row more, beside the hooks. `resume` names a file
+    in which finished replies are kept line by line: a run that was ended there, however, goes on with what is missing.
+    `stop` ends the iteration early. Raises ModelError and PromptError as `ChatModel.begin` does, ModelError for an
+    exported folder of another model, and PromptError for a `resume` file that is something else.
     """
-    checked = model.check_rows(rows, len(rows))
+    settings = [_Setting(name_of(row), model, row) for row in model.check_rows(rows, len(rows))]
+    settings += [_from_folder(model, Path(path)) for path in exported]
     asked = [(text, True) for text in prompts.harmful] + [(text, False) for text in prompts.harmless]
-    jobs = [(text, harmful, row) for row in range(len(checked)) for text, harmful in asked]
+    jobs = [(text, harmful, number) for number in range(len(settings)) for text, harmful in asked]
     journal = _Journal(Path(resume) if resume else None)
-    marks = [_mark(model, row, max_new_tokens) for row in checked]
+    marks = [_mark(setting.model, setting.row, max_new_tokens) for setting in settings]
     missing = [job for job in jobs if (marks[job[2]], job[0]) not in journal.replies]
     done, total = len(jobs) - len(missing), len(jobs)
     yield Progress("completing prompts", done, total)
-    texts, edits = [text for text, _, _ in missing], [checked[row] for _, _, row in missing]
-    for replies in complete(model, texts, edits, max_new_tokens=max_new_tokens, stop=stop):
-        for i, reply in replies.items():
-            journal.add(marks[missing[i][2]], texts[i], *reply)
-        journal.flush()
-        done += len(replies)
-        yield Progress("completing prompts", done, total)
+    for each in dict.fromkeys(setting.model for setting in settings):
+        mine = [job for job in missing if settings[job[2]].model is each]
+        texts, edits = [text for text, _, _ in mine], [settings[number].row for _, _, number in mine]
+        for replies in complete(each, texts, edits, max_new_tokens=max_new_tokens, stop=stop):
+            for i, reply in replies.items():
+                journal.add(marks[mine[i][2]], texts[i], *reply)
+            journal.flush()
+            done += len(replies)
+            yield Progress("completing prompts", done, total)
     if done < total:
         return
     completions = tuple(_judged(job, *journal.replies[marks[job[2]], job[0]], rules) for job in jobs)
@@ -188,9 +256,18 @@ def evaluate(
         prompts=prompts.source,
         rules=rules,
         max_new_tokens=max_new_tokens,
-        rates=tuple(_rates(model, prompts, checked, completions)),
+        rates=tuple(_rates(model, prompts, settings, completions)),
         completions=completions,
     )
+
+
+def _from_folder(model: ChatModel, path: Path) -> _Setting:
+    edited = ChatModel.load(path, device=model.device, dtype=model.dtype)
+    if (edited.d_model, edited.n_layers, edited.d_vocab) != (model.d_model, model.n_layers, model.d_vocab):
+        raise ModelError(
+            f"The weights in {path} are not of the size of {model.name}: name a folder that was exported from this model."
+        )
+    return _Setting(f"exported weights, {path.name}", edited, ())
 
 
 def _judged(job: tuple[str, bool, int], text: str, ending: Ending, rules: Rules) -> Completion:
@@ -199,15 +276,35 @@ def _judged(job: tuple[str, bool, int], text: str, ending: Ending, rules: Rules)
 
 
 def _rates(
-    model: ChatModel, prompts: PromptSet, rows: Sequence[Row], completions: Sequence[Completion]
+    model: ChatModel, prompts: PromptSet, settings: Sequence[_Setting], completions: Sequence[Completion]
 ) -> Iterator[Rates]:
+    unchanged = [setting.model is model and not setting.row for setting in settings]
     for harmful, texts in ((True, prompts.harmful), (False, prompts.harmless)):
         base = model.logits(texts)
-        for number, row in enumerate(rows):
-            mine = [c for c in completions if c.row == number and c.harmful == harmful]
+        said = [[c for c in completions if c.row == n and c.harmful == harmful] for n in range(len(settings))]
+        replies = [_tokens(model, c.text) for c in said[unchanged.index(True)]] if any(unchanged) else []
+        for number, setting in enumerate(settings):
+            mine, edits = said[number], [setting.row] * len(texts)
             refused, unclear = (sum(c.verdict == verdict for c in mine) for verdict in ("refused", "unclear"))
-            kl = kl_divergence(base, model.logits(texts, [row] * len(texts))).mean().item() if row and mine else 0.0
-            yield Rates(name_of(row), harmful, len(mine), refused, unclear, kl)
+            kl = 0.0
+            if mine and not unchanged[number]:
+                kl = kl_divergence(base, setting.model.logits(texts, edits)).mean().item()
+            losses = None if harmful or not replies else setting.model.reply_losses(texts, replies, edits)
+            again = [repetition(_tokens(model, c.text)) for c in mine]
+            yield Rates(
+                row=setting.name,
+                harmful=harmful,
+                n=len(mine),
+                refused=refused,
+                unclear=unclear,
+                kl=kl,
+                cross_entropy=None if losses is None or losses.isnan().all() else losses.nanmean().item(),
+                repetition=sum(again) / len(again) if again else 0.0,
+            )
+
+
+def _tokens(model: ChatModel, text: str) -> list[int]:
+    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _mark(model: ChatModel, row: Row, max_new_tokens: int) -> str:
@@ -237,8 +334,8 @@ class _Journal:
         if not is_journal or not (rest.startswith(b'["') or rest in (b"", b"[")):
             raise PromptError(f"{path.name} is not the journal of an evaluation: name a new file.")
         self.replies = {(mark, prompt): (text, cast(Ending, ending)) for mark, prompt, text, ending in lines}
-        if rest:
-            path.write_bytes(whole + b"\n" if whole else b"")
+        if rest:  # cut off in place: a file that is written anew is empty for a moment, in which a run may be killed
+            os.truncate(path, len(whole) + 1 if whole else 0)
 
     def add(self, mark: str, prompt: str, text: str, ending: Ending) -> None:
         self.replies[mark, prompt] = text, ending
@@ -367,3 +464,49 @@ def dose_curve(
 
 def _mean(curves: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
     return tuple(sum(values) / len(values) for values in zip(*curves, strict=True))
+
+
+# -- damage by strength ----------------------------------------------------------------------------------------------
+
+
+def damage_curve(
+    model: ChatModel,
+    texts: Sequence[str],
+    direction: Direction,
+    kind: Kind,
+    *,
+    max_new_tokens: int = 64,
+    scales: Sequence[float] | None = None,
+    stop: threading.Event | None = None,
+) -> Iterator[Progress | Damage]:
+    """What the direction costs on harmless `texts` at `scales`, by default `REMOVALS` or `ADDITIONS`; at last `Damage`.
+
+    Ends early when `stop` is set. Raises PromptError without texts, and PromptError and ModelError as `ChatModel.begin`.
+    """
+    if not texts:
+        raise PromptError("Damage is measured on harmless prompts, and there is none: add some.")
+    scales = tuple(scales) if scales is not None else REMOVALS if kind == "ablate" else ADDITIONS
+    rows: list[Row] = [(), *((Intervention(direction, kind, scale),) for scale in scales if scale)]
+    jobs = [(text, row) for row in rows for text in texts]
+    replies: dict[int, list[int]] = {}
+    stage = f"damage of {'removal' if kind == 'ablate' else 'addition'}"
+    asked, edits = [text for text, _ in jobs], [row for _, row in jobs]
+    for batch in complete(model, asked, edits, max_new_tokens=max_new_tokens, stop=stop):
+        replies |= {i: _tokens(model, text) for i, (text, _) in batch.items()}
+        yield Progress(stage, len(replies), len(jobs))
+    if len(replies) < len(jobs):
+        return
+    n, base = len(texts), model.logits(texts)
+    untouched, measured = [replies[i] for i in range(n)], []
+    for number, row in enumerate(rows):
+        mine = [replies[i] for i in range(number * n, (number + 1) * n)]
+        measured.append(
+            (
+                kl_divergence(base, model.logits(texts, [row] * n)).mean().item() if row else 0.0,
+                model.reply_losses(texts, untouched, [row] * n).nanmean().item(),
+                sum(map(repetition, mine)) / n,
+            )
+        )
+    edited = iter(measured[1:])
+    kl, cross_entropy, again = zip(*(next(edited) if scale else measured[0] for scale in scales), strict=True)
+    yield Damage(kind, n, max_new_tokens, scales, kl, cross_entropy, again)

@@ -8,6 +8,10 @@ over the logits of the last position, in float64 (Arditi et al. 2024, and their 
 groups of numbers lie:
 
     AUROC = P(a > b) + ½ P(a = b)                          d′ = (mean a − mean b) / √((var a + var b) / 2)
+
+And how much a reply says again:
+
+    repetition = 1 − distinct 4-grams / 4-grams            of its tokens (seq-rep-4, Welleck et al. 2020)
 """
 
 import math
@@ -68,6 +72,12 @@ def d_prime(a: Float[Tensor, " a"], b: Float[Tensor, " b"]) -> float:
     if min(len(a), len(b)) < 2:
         return math.nan
     return ((a.mean() - b.mean()) / ((a.var() + b.var()) / 2).sqrt()).item()
+
+
+def repetition(tokens: Sequence[int], n: int = 4) -> float:
+    """The share of n-grams that occurred before in the same reply; 0 for a reply too short to have any."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 @dataclass(frozen=True)

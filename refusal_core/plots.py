@@ -175,22 +175,20 @@ def _heat(values: np.ndarray, reach: float, columns: list[str], unit: str, rows:
 def dose_figure(
     scales: Sequence[float],
     direction: Sequence[float],
-    random: tuple[Sequence[float], Sequence[float]],
+    random: tuple[Sequence[float], Sequence[float]] | None,
     title: str,
 ) -> go.Figure:
-    """A measure by strength: that of the direction, and the band between the lowest and the highest random one."""
-    low, high = random
-    figure = go.Figure(
-        [
-            go.Scatter(
-                x=[*scales, *reversed(scales)], y=[*high, *reversed(low)], name="random directions", mode="lines",
-                fill="toself", line={"width": 1, "dash": "dot"}, meta={"role": "muted"}, hoverinfo="skip",
-            ),
-            go.Scatter(
-                x=list(scales), y=list(direction), name="the direction", mode="lines+markers", meta={"role": "ink"},
-                line={"width": 2}, marker={"size": 6}, hovertemplate="%{x:.2f}: %{y:.3f}<extra></extra>",
-            ),
-        ]
+    """A measure by strength: that of the direction, and the band between the lowest and the highest random one, if any."""
+    figure = go.Figure()
+    if random is not None:
+        low, high = random
+        figure.add_scatter(
+            x=[*scales, *reversed(scales)], y=[*high, *reversed(low)], name="random directions", mode="lines",
+            fill="toself", line={"width": 1, "dash": "dot"}, meta={"role": "muted"}, hoverinfo="skip",
+        )  # fmt: skip
+    figure.add_scatter(
+        x=list(scales), y=list(direction), name="the direction", mode="lines+markers", meta={"role": "ink"},
+        line={"width": 2}, marker={"size": 6}, hovertemplate="%{x:.2f}: %{y:.3f}<extra></extra>",
     )  # fmt: skip
     figure.update_xaxes(title="strength", zeroline=True)
     figure.update_yaxes(title=title, rangemode="tozero")

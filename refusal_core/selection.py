@@ -194,6 +194,10 @@ class Found:
         source = replace(self.direction.source, position=pos, layer=layer)
         return Direction.from_difference(self.directions[pos, layer], source)
 
+    def harmless_mean(self, pos: int, layer: int) -> Float[Tensor, " d_model"]:
+        """The mean of the harmless training prompts' `resid_pre` there, in float64."""
+        return self.harmless[:, pos, layer].double().mean(0)
+
 
 @dataclass(eq=False)
 class _Read:

@@ -8,8 +8,9 @@ from test_terminal import Terminal
 from refusal_core import __main__ as command_line
 from refusal_core import findings
 from refusal_core.directions import Direction
-from refusal_core.findings import load_found
+from refusal_core.findings import load_found, save_found
 from refusal_core.prompts import load_prompts
+from refusal_core.selection import Found
 
 main = command_line.main
 
@@ -41,21 +42,35 @@ def test_find_says_what_it_chose_and_finds_it_again_at_once(lists, tmp_path, cap
     assert said["margin"] == found.choice.margin and len(said["refusal_texts"]) == len(found.refusal_tokens)
 
 
-def test_evaluate_and_export_put_one_json_document_on_stdout(direction: Direction, tmp_path, capsys):
-    direction.save(tmp_path / "d.safetensors")
-    given = ["--direction", str(tmp_path / "d.safetensors"), "--device", "cpu", "--json"]
-    assert main(["evaluate", *given, "--n", "2", "--max-new-tokens", "4"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["completions"]) == 16
-    assert main(["export", *given, "--out", str(tmp_path / "edited")]) == 0
+def test_evaluate_and_export_put_one_json_document_on_stdout(found: Found, tmp_path, capsys):
+    save_found(found, tmp_path / "found")
+    given = ["--direction", str(tmp_path / "found" / "direction.safetensors"), "--device", "cpu", "--json"]
+    edited = str(tmp_path / "edited")
+    assert main(["export", *given, "--variant", "projected", "--out", edited]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["exact"] and said["path"] == str(tmp_path / "edited")
+    assert said["exact"] and said["path"] == edited
+    assert said["variant"] == "projected" and said["refusal_tokens"] == list(found.refusal_tokens)
+    few = ["--n", "2", "--max-new-tokens", "4"]
+    assert main(["evaluate", *given, *few, "--strengths", "--exported", edited]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert len(said["completions"]) == 4 * 5 and said["rates"][-1]["row"] == "exported weights, edited"
+    assert [len(damage["cross_entropy"]) for damage in said["damage"]] == [11, 21]
+
+
+def test_a_direction_that_stands_alone_cannot_be_projected_and_the_remedy_is_said(direction, tmp_path, capsys):
+    direction.save(tmp_path / "d.safetensors")
+    given = ["--direction", str(tmp_path / "d.safetensors"), "--device", "cpu", "--out", str(tmp_path / "edited")]
+    assert main(["export", *given, "--variant", "projected"]) == 1
+    assert "find --out has written, whole, or leave --direction out" in capsys.readouterr().err
+    assert not (tmp_path / "edited").exists()
 
 
 @pytest.mark.parametrize(
     "given",
     [
         [], ["fly"], ["find", "--model", "x"], ["find", "--harmful", "x.txt"], ["find", "--dtype", "int8"],
-        ["evaluate", "--max-new-tokens", "0"], ["export"],
+        ["evaluate", "--max-new-tokens", "0"], ["export"], ["export", "--out", "x", "--variant", "bad"],
+        ["export", "--out", "x", "--variant", "addition", "--strength", "nan"],
     ],
 )  # fmt: skip
 def test_a_command_line_that_is_not_understood_is_status_2(given, capsys):

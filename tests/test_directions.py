@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from refusal_core.directions import FORMAT, Direction, DirectionError, Source, difference_in_means, random_like
+from refusal_core.directions import FORMAT, Direction, DirectionError, Source, difference_in_means, project, random_like
 
 SOURCE = Source("a/model", "abc", "feed", 3, -2, "embedded", 120, 119)
 
@@ -79,3 +79,18 @@ def test_the_control_has_the_same_norm_and_place_but_says_it_is_random():
     assert abs(a.unit @ b.unit) < 0.3
     assert_close(a.unit.norm(), torch.tensor(1.0))
     assert torch.equal(random_like(r, 1).unit, a.unit)
+
+
+def test_a_projected_direction_is_the_rest_that_a_linear_fit_of_the_mean_leaves_and_says_so(tmp_path):
+    mean, r = torch.randn(2, 16, dtype=torch.float64)
+    direction = Direction.from_difference(r, SOURCE)
+    made = project(direction, 5 * mean, "mean of 7")
+    fitted = torch.linalg.lstsq(mean[:, None], r[:, None]).solution
+    assert_close(made.norm * made.unit.double(), r - (mean[:, None] @ fitted)[:, 0], atol=1e-5, rtol=1e-5)
+    made.save(tmp_path / "d.safetensors")
+    assert Direction.load(tmp_path / "d.safetensors").source.projected == "mean of 7" and not SOURCE.projected
+    for useless in (torch.zeros(16, dtype=torch.float64), mean[:5]):
+        with pytest.raises(DirectionError, match="take that of the harmless prompts"):
+            project(direction, useless, "nothing")
+    with pytest.raises(DirectionError, match="There is no direction"):
+        project(direction, direction.unit.double() * (1 + 1e-9), "itself")

@@ -12,16 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HARMFUL, HARMLESS, Plain
+from families import build
 
 from refusal_core import evaluation
-from refusal_core.chat_model import ChatModel
+from refusal_core.chat_model import ChatModel, ModelError
 from refusal_core.directions import random_like
 from refusal_core.evaluation import (
     ADDITIONS,
     REMOVALS,
+    Damage,
     DoseCurve,
     DoseResponse,
     Report,
+    damage_curve,
     dose_curve,
     dose_response,
     evaluate,
@@ -30,7 +33,8 @@ from refusal_core.evaluation import (
 )
 from refusal_core.generation import stream_side_by_side
 from refusal_core.interventions import Intervention
-from refusal_core.metrics import judge, kl_divergence, refusal_probability
+from refusal_core.metrics import judge, kl_divergence, refusal_probability, repetition
+from refusal_core.orthogonalize import export
 from refusal_core.prompts import PromptError, PromptSet, load_prompts
 from refusal_core.selection import Found, Progress
 
@@ -78,6 +82,40 @@ def test_the_rates_count_the_completions_and_show_the_phenomenon(report: Report,
     kl = kl_divergence(model.logits(few.harmless), model.logits(few.harmless, edits)).mean().item()
     assert rates["direction added 1×", False].kl == pytest.approx(kl)
     assert rates["unchanged", False].kl == 0
+
+
+def test_damage_beside_the_rates_is_that_of_the_replies(report: Report, model: ChatModel, found: Found, few: PromptSet):
+    read = {
+        (c.prompt, c.row): model.tokenizer(c.text, add_special_tokens=False)["input_ids"] for c in report.completions
+    }
+    rates = {(r.row, r.harmful): r for r in report.rates}
+    added = rates["direction added 1×", False]
+    assert added.repetition == pytest.approx(sum(repetition(read[text, 3]) for text in few.harmless) / 12)
+    edits = [Intervention(found.direction, "add")] * 12
+    odd = model.reply_losses(few.harmless, [read[text, 0] for text in few.harmless], edits).mean().item()
+    assert added.cross_entropy == pytest.approx(odd)
+    unchanged = rates["unchanged", False].cross_entropy
+    assert unchanged is not None and odd > 2 * unchanged
+    assert {r.cross_entropy for r in report.rates if r.harmful} == {None}
+
+
+def test_exported_weights_are_a_row_that_does_what_the_hooks_do(
+    model: ChatModel, found: Found, few: PromptSet, tmp_path
+):
+    export(model, found.direction, tmp_path / "mine")
+    rows = [None, Intervention(found.direction, "ablate")]
+    *_, last = evaluate(model, few, rows, exported=[tmp_path / "mine"], max_new_tokens=12)
+    assert isinstance(last, Report)
+    for harmful in (True, False):
+        unchanged, hooks, weights = (rate for rate in last.rates if rate.harmful == harmful)
+        assert (hooks.row, weights.row) == ("direction removed", "exported weights, mine")
+        assert (weights.n, weights.refused, weights.unclear) == (hooks.n, hooks.refused, hooks.unclear)
+        assert weights.kl == pytest.approx(hooks.kl, rel=0.01) and unchanged.kl == 0
+        assert weights.cross_entropy == (hooks.cross_entropy and pytest.approx(hooks.cross_entropy, rel=0.01))
+    texts = {row: [c.text for c in last.completions if c.row == row] for row in range(3)}
+    assert texts[2] == texts[1] != texts[0]
+    with pytest.raises(ModelError, match="not of the size"):
+        next(evaluate(model, few, rows, exported=[build("Llama", tmp_path / "other")]))
 
 
 def test_the_table_has_a_line_for_every_rate_and_the_json_everything(report: Report):
@@ -228,3 +266,52 @@ def test_a_curve_that_is_stopped_ends_without_one(model: ChatModel, found: Found
         events.append(event)
         stop.set()
     assert len(events) == 1 and isinstance(events[0], Progress)
+
+
+# -- damage by strength ----------------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_a_reply_is_that_of_plain_transformers_and_of_its_tokens_one_by_one(model, plain: Plain, found):
+    texts = [HARMLESS, "Write a poem about the sea.", HARMFUL]
+    replies = [
+        model.tokenizer(said, add_special_tokens=False)["input_ids"] for said in ("Mix flour and water.", "", "No.")
+    ]
+    losses = model.reply_losses(texts, replies)
+    assert losses[1].isnan()
+    for i in (0, 2):
+        prompt, reply = plain.ids(texts[i]), torch.tensor([replies[i]])
+        labels = torch.cat([torch.full_like(prompt, -100), reply], 1)
+        with torch.no_grad():
+            loss = plain.model(input_ids=torch.cat([prompt, reply], 1), labels=labels).loss
+        assert losses[i].item() == pytest.approx(loss.item(), abs=1e-4)
+    row, reply = Intervention(found.direction, "ablate"), replies[0]
+    steps = [model.run(model.continued([HARMLESS], [reply[:i]]), [(row,)]).logits[0] for i in range(len(reply))]
+    alone = [-step.double().log_softmax(-1)[token].item() for step, token in zip(steps, reply, strict=True)]
+    mixed = model.reply_losses(texts, replies, [row, None, None])
+    assert mixed[0].item() == pytest.approx(sum(alone) / len(alone), abs=1e-4) and mixed[0] != losses[0]
+    assert mixed[2].item() == pytest.approx(losses[2].item(), abs=1e-5)
+
+
+def test_damage_by_strength_is_that_of_each_strength_alone(model: ChatModel, found: Found):
+    texts, r, scales = load_prompts("test").draw(3).harmless, found.direction, (-0.5, 0.0, 1.0)
+    *progress, damage = damage_curve(model, texts, r, "add", max_new_tokens=16, scales=scales)
+    assert isinstance(damage, Damage) and [(p.done, p.total) for p in progress if isinstance(p, Progress)] == [(9, 9)]
+    replies = {}
+    for scale in scales:
+        *_, last = stream_side_by_side(model, texts, [Intervention(r, "add", scale)] * 3, max_new_tokens=16)
+        replies[scale] = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in last.texts]
+    for i, scale in enumerate(scales):
+        rows = [Intervention(r, "add", scale)] * 3
+        assert damage.cross_entropy[i] == pytest.approx(
+            model.reply_losses(texts, replies[0.0], rows).mean().item(), abs=1e-5
+        )
+        assert damage.kl[i] == pytest.approx(
+            kl_divergence(model.logits(texts), model.logits(texts, rows)).mean().item(), abs=1e-5
+        )
+        assert damage.repetition[i] == pytest.approx(sum(map(repetition, replies[scale])) / 3)
+    assert damage.cross_entropy[1] < damage.cross_entropy[2] and damage.kl[1] == 0
+    stop = threading.Event()
+    stop.set()
+    assert list(damage_curve(model, texts, r, "add", stop=stop)) == []
+    with pytest.raises(PromptError, match="there is none"):
+        next(damage_curve(model, [], r, "add"))

@@ -91,7 +91,7 @@ def test_the_gradient_by_each_write_is_the_slope_of_a_small_step_and_the_heads_s
     for layer, (z, by_z) in enumerate(zip(told.head_inputs, told.by_head_input, strict=True)):
         writer = model.writers.index(f"attention {layer}")
         bias = getattr(model._parts.head_outputs[layer], "bias", None)
-        write = told.writes[:, :, writer] - (0 if bias is None else model._write_scale * bias)
+        write = told.writes[:, :, writer] - (0 if bias is None else model.write_scale * bias)
         assert_close((z * by_z).sum(), (write * told.by_write[:, :, writer]).sum(), atol=1e-4, rtol=1e-3)
 
 

@@ -16,6 +16,7 @@ from refusal_core.metrics import (
     kl_divergence,
     refusal_probability,
     refusal_score,
+    repetition,
     wilson,
 )
 
@@ -71,6 +72,12 @@ def test_the_wilson_interval_is_the_textbooks():
     assert wilson(0, 0) == (0.0, 1.0)
     assert wilson(0, 20)[0] == 0
     assert wilson(20, 20)[1] == 1
+
+
+def test_repetition_is_the_share_of_4_grams_that_were_there_before():
+    assert repetition([1, 2, 3, 4] * 3) == pytest.approx(5 / 9), "nine 4-grams, four of them distinct"
+    assert repetition([7] * 10) == pytest.approx(6 / 7)
+    assert repetition(list(range(20))) == repetition([1, 1, 1]) == repetition([]) == 0
 
 
 @pytest.mark.parametrize("rules", ["paper", "default"])

@@ -1,24 +1,33 @@
 """What an export promises: the ablation as an ordinary checkpoint, and a card that says how exact it is."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import HARMFUL, HARMLESS, Plain
+from families import build
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
-from refusal_core.directions import Direction
+from refusal_core.directions import Direction, Source
 from refusal_core.generation import stream_side_by_side
 from refusal_core.interventions import Intervention
-from refusal_core.orthogonalize import ExportReport, export, orthogonalize, without
+from refusal_core.metrics import kl_divergence, refusal_probability
+from refusal_core.orthogonalize import N_HELD_OUT, ExportReport, export, orthogonalize
+from refusal_core.prompts import load_prompts
+from refusal_core.selection import Found
 
+ROOT = Path(__file__).parent.parent
 PROMPTS = [HARMFUL, HARMLESS, "Who are you?", "How do I steal a car?", "Write a poem about the sea."]
 
 GREEDY = """
@@ -56,16 +65,6 @@ def test_every_writer_is_orthogonal_to_the_direction_and_nothing_else_is_changed
         else:
             assert torch.equal(w, before[name]), name
     assert edited == exported[1].edited == 1 + 2 * len({n.split(".")[2] for n in before if ".layers." in n})
-
-
-def test_the_projection_leaves_everything_across_the_direction():
-    w, r, across = torch.randn(6, 4), torch.randn(6), torch.randn(6)
-    r = r / r.norm()
-    across = across - (across @ r) * r
-    assert_close(r @ without(w, r, 0), torch.zeros(4), atol=1e-6, rtol=0)
-    assert_close(across @ without(w, r, 0), across @ w)
-    assert_close(without(w.T, r, -1), without(w, r, 0).T)
-    assert without(w.half(), r, 0).dtype == torch.float16
 
 
 def test_the_weights_say_what_the_hooks_say_and_the_report_measures_it(
@@ -139,3 +138,148 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(model: ChatModel,
     with pytest.raises(ModelError, match="not known by name"):
         export(odd, direction, tmp_path / "odd")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["renamed", "there"]
+
+
+# -- variants --------------------------------------------------------------------------------------------------------
+
+
+def tiny(name: str, folder: Path, layer: int = 2) -> tuple[ChatModel, Direction]:
+    """A small random model of a family, and a direction of it."""
+    model = ChatModel.load(build(name, folder), device="cpu", dtype=torch.float32)
+    r = torch.randn(model.d_model, generator=torch.Generator().manual_seed(1))
+    return model, Direction.from_difference(3 * r, Source(model.name, fingerprint=model.fingerprint, layer=layer))
+
+
+def test_a_projected_export_that_keeps_norms_is_what_its_report_and_card_say(model, found: Found, tmp_path):
+    place, tokens = (found.direction.source.position, found.direction.source.layer), found.refusal_tokens
+    report = export(
+        model,
+        found.direction,
+        tmp_path / "edited",
+        variant="projected-norm-preserving",
+        harmless_mean=found.harmless_mean(*place),
+        refusal_tokens=tokens,
+    )
+    harmful, harmless = found.harmful[:, *place].double().mean(0), found.harmless[:, *place].double().mean(0)
+    mu, r = harmless / harmless.norm(), harmful - harmless
+    r = ((r - (r @ mu) * mu) / (r - (r @ mu) * mu).norm()).float()
+    before, after = (load_file(folder / "model.safetensors") for folder in (ORGANISM, tmp_path / "edited"))
+    for name, w in before.items():
+        if "embed_tokens" in name or "o_proj" in name or "down_proj" in name:
+            old, new = (x.float() if "embed_tokens" in name else x.float().T for x in (w, after[name]))
+            assert (new @ r).norm() < 1e-2 * (old @ r).norm(), name
+            assert_close(new.norm(dim=-1), old.norm(dim=-1), atol=1e-3, rtol=1e-3)
+    prompts = load_prompts("test").draw(N_HELD_OUT)
+    edited = ChatModel.load(tmp_path / "edited", device="cpu")
+    plain_bad, bad = model.logits(prompts.harmful), edited.logits(prompts.harmful)
+    plain_good, good = model.logits(prompts.harmless), edited.logits(prompts.harmless)
+    assert report.kl == pytest.approx(kl_divergence(plain_good, good).mean().item(), rel=1e-3)
+    assert report.refusing == (refusal_probability(bad, tokens) > 0.5).double().mean().item() < 0.2
+    assert report.refusing_unchanged == (refusal_probability(plain_bad, tokens) > 0.5).double().mean().item() > 0.7
+    read = model.logits(prompts.harmful, [Intervention(found.direction, "ablate")] * N_HELD_OUT)
+    assert report.max_difference_from_paper >= (read - bad).abs().max().item() - 1e-4
+    assert report.max_difference_from_paper > report.max_logit_difference > 0.01 and not report.exact
+    card = (tmp_path / "edited" / "README.md").read_text("utf-8")
+    for said in (
+        f"{report.max_logit_difference:.2e}",
+        f"{report.kl:.4f}",
+        "**approximate**",
+        "mean of 128 harmless prompts",
+    ):
+        assert said in card
+
+
+def test_without_the_harmless_mean_a_projection_says_what_it_needs(model: ChatModel, direction: Direction, tmp_path):
+    with pytest.raises(ModelError, match="needs the mean of the harmless activations"):
+        export(model, direction, tmp_path / "edited", variant="projected")
+    with pytest.raises(ModelError, match="belongs to an addition"):
+        export(model, direction, tmp_path / "edited", strength=0.5)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Llama, tied"])
+def test_no_variant_of_the_removal_lets_the_stream_say_anything_along_its_direction(name, tmp_path):
+    model, direction = tiny(name, tmp_path)
+    (batch,) = model.batches([HARMFUL])
+    before = model.run(batch, read=slice(None)).resid_pre
+    assert before is not None
+    mean = before[0, -1, 2].double()
+    for variant in ("ablation", "norm-preserving", "projected"):
+        edited = orthogonalize(model, direction, variant=variant, harmless_mean=mean)
+        r = direction.unit.double()
+        if variant == "projected":
+            r -= (r @ mean) / (mean @ mean) * mean
+            r /= r.norm()
+        removed = replace(direction, unit=r.float())
+        resid = edited.run(batch, read=slice(None)).resid_pre
+        assert resid is not None
+        assert (before @ removed.unit).abs().max() > 0.1 > 1e-4 > (resid @ removed.unit).abs().max()
+        hooks = model.logits([HARMFUL], [Intervention(removed, "ablate")])
+        far = (hooks - edited.logits([HARMFUL])).abs().max()
+        assert far > 1e-2 if variant == "norm-preserving" else far < 1e-4
+
+
+@pytest.mark.parametrize(
+    "name", ["Llama with biases", "Llama, tied", "Phi (parallel)", "GPT-2", "GPT-NeoX (sequential)", "Granite"]
+)
+def test_an_addition_in_a_bias_is_the_addition_of_the_hooks(name, tmp_path):
+    model, direction = tiny(name, tmp_path)
+    edited = orthogonalize(model, direction, variant="addition", strength=-0.7)
+    hooks = model.logits(PROMPTS, [Intervention(direction, "add", -0.7)] * len(PROMPTS))
+    assert_close(edited.logits(PROMPTS), hooks, atol=2e-4, rtol=1e-3)
+    assert (hooks - model.logits(PROMPTS)).abs().max() > 0.05
+
+
+def test_an_addition_without_a_bias_to_take_it_is_refused(tmp_path):
+    model, direction = tiny("Qwen 2", tmp_path / "model")
+    with pytest.raises(ModelError, match="write without a bias"):
+        export(model, direction, tmp_path / "edited", variant="addition")
+    first = replace(direction, source=replace(direction.source, layer=0))
+    with pytest.raises(ModelError, match="no block stands before layer 0"):
+        export(model, first, tmp_path / "edited", variant="addition")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_addition_to_a_checkpoint_in_shards_is_complete_in_its_index(tmp_path):
+    folder = build("Llama, tied", tmp_path / "whole")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "sharded")
+    sharded = ChatModel.load(tmp_path / "sharded", device="cpu", dtype=torch.float32)
+    direction = Direction(torch.eye(32)[3], 2.0, Source(fingerprint=sharded.fingerprint, layer=1))
+    report = export(sharded, direction, tmp_path / "edited", variant="addition")
+    index = json.loads((tmp_path / "edited" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index["model.layers.0.mlp.down_proj.bias"] == index["model.layers.0.mlp.down_proj.weight"]
+    assert report.exact and report.edited == 1 and len(set(index.values())) > 1
+
+
+# -- killed ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_export_leaves_no_folder_that_looks_whole_and_the_next_run_clears_up(tmp_path):
+    model, direction = tiny("Llama", tmp_path / "model")
+    direction.save(tmp_path / "direction.safetensors")
+    out = tmp_path / "out" / "edited"
+    command = [sys.executable, "-m", "refusal_core", "export", str(tmp_path / "model"), "--device", "cpu"]
+    command += ["--direction", str(tmp_path / "direction.safetensors"), "--out", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(out.parent.glob(".edited-*/model.safetensors")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    (left,) = out.parent.iterdir()
+    assert left.name.startswith(f".edited-{process.pid}-"), "what is there is hidden, and not what was asked for"
+    at_work, other = out.parent / f".edited-{os.getpid()}-00.part", out.parent / f".edited-2-{process.pid}-00.part"
+    at_work.mkdir()
+    other.mkdir()
+    report = export(model, direction, out)
+    assert {p.name for p in out.parent.iterdir()} == {"edited", at_work.name, other.name}
+    assert (out / "README.md").exists() and report.exact
+    assert ChatModel.load(out, device="cpu").n_layers == model.n_layers
+
+
+def test_a_folder_that_cannot_be_written_is_said_in_a_sentence(model: ChatModel, direction: Direction, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError, match=r"cannot be written .* name another folder"):
+        export(model, direction, tmp_path / "file" / "edited")

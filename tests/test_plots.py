@@ -112,3 +112,5 @@ def test_the_band_of_a_curve_goes_around_the_random_directions():
     band, line = dose_figure((0.0, 1.0), (0.1, 0.9), ((0.05, 0.1), (0.15, 0.2)), "probability").data
     assert list(zip(band.x, band.y, strict=True)) == [(0, 0.15), (1, 0.2), (1, 0.1), (0, 0.05)]
     assert list(line.y) == [0.1, 0.9] and line.meta["role"] == "ink"
+    (alone,) = dose_figure((0.0, 1.0), (0.1, 0.9), None, "cross-entropy").data
+    assert list(alone.y) == [0.1, 0.9]

@@ -191,6 +191,13 @@ def test_a_direction_can_be_taken_from_any_cell(found: Found):
     assert again.source == found.direction.source
 
 
+def test_the_harmless_mean_is_that_of_the_training_prompts_where_it_is_asked_for(found: Found, plain: Plain):
+    texts = found.prompts.harmless[:3]
+    by_hand = sum(plain.resid_pre(text)[4, -2].double() for text in texts) / 3
+    few = replace(found, harmless=found.harmless[:3])
+    torch.testing.assert_close(few.harmless_mean(-2, 4), by_hand, atol=1e-3, rtol=1e-3)
+
+
 def test_a_contrast_is_the_difference_of_any_two_classes_where_held_out_prompts_lie_furthest_apart(
     model: ChatModel, plain: Plain
 ):

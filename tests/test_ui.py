@@ -885,7 +885,16 @@ def test_rates_and_curves_are_measured_with_transcripts_and_files(tab, ready, tm
     measured = json.loads(saved["JSON"])
     assert measured["direction"]["layer"] == ready.direction.source.layer
     assert len(measured["completions"]) == 4 * 12 and len(measured["curves"]["add"]["random_refusal"]) == 5
-    assert saved["CSV"].splitlines()[0].startswith("class,row,n,refused") and len(saved["CSV"].splitlines()) == 9
+    assert (
+        saved["CSV"].splitlines()[0].startswith("class,row,n,refused") and len(saved["CSV"].splitlines()) == 9 + 11 + 21
+    )
+    assert len({line.count(",") for line in saved["CSV"].splitlines()}) == 1, "a cell for every column"
+    assert len(measured["curves"]["damage"]["cross_entropy"]) == 11 == len(measured["curves"]["damage"]["repetition"])
+    assert not [name for curve in measured["curves"].values() for name in curve if name.endswith("_figure")]
+    assert (
+        saved["Markdown"].count("| direction removed | ") == 11
+        and saved["Markdown"].count("| direction added | ") == 21
+    )
     assert "| harmless | direction added 1× | 6 | 100.0%" in saved["Markdown"] and "toy" in saved["Markdown"]
     report = tab.context.new_page()
     report.goto(path.as_uri())
@@ -893,7 +902,7 @@ def test_rates_and_curves_are_measured_with_transcripts_and_files(tab, ready, tm
     expect(report.locator("table")).to_contain_text("harmlessdirection added 1×6100.0 %")
     expect(report.locator("body")).to_contain_text(ready.model.fingerprint)
     expect(report.locator("details").first).not_to_have_attribute("open", "")
-    assert report.locator("img").evaluate_all("all => all.map((image) => image.naturalWidth > 0)") == [True] * 4
+    assert report.locator("img").evaluate_all("all => all.map((image) => image.naturalWidth > 0)") == [True] * 8
     assert report.locator("details p b").count() == 4 * 12
 
 

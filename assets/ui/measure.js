@@ -3,6 +3,7 @@ let run = 0;
 let running = false;
 let report = null;
 let curves = null;
+let damageTable = ''; // in Markdown
 let shown = null; // the row whose replies are open
 let seen = false;
 let model = null; // the model and direction in use, as the bar says
@@ -38,7 +39,7 @@ function rateNode(rate) {
   };
   node.append(
     make('span', `${cls}: ${rate.row}`, 'rate-name'), bar,
-    make('span', [share('refused'), share('answered'), rate.unclear && `unclear ${percent(rate.unclear / rate.n)}`, `n = ${rate.n}`, `KL ${rate.kl.toFixed(3)}`].filter(Boolean).join(' · '), 'rate-numbers'),
+    make('span', [share('refused'), share('answered'), rate.unclear && `unclear ${percent(rate.unclear / rate.n)}`, `n = ${rate.n}`, `KL ${rate.kl.toFixed(3)}`, rate.cross_entropy !== null && `cross-entropy ${rate.cross_entropy.toFixed(3)}`, `repeated ${percent(rate.repetition)}`].filter(Boolean).join(' · '), 'rate-numbers'),
   );
   node.dataset.key = key(rate);
   node.setAttribute('aria-expanded', String(shown === key(rate)));
@@ -96,7 +97,8 @@ async function drawCurves() {
   find('[data-curves]').hidden = !curves;
   if (!curves || !seen) return;
   find('[data-curves-meaning]').textContent = `Means over ${curves.ablate.n} harmful and ${curves.add.n} harmless prompts. `
-    + `Grey: from the lowest to the highest of ${curves.add.n_random} random directions of the same size, the control. 1 is the paper’s setting.`;
+    + `Grey: from the lowest to the highest of ${curves.add.n_random} random directions of the same size, the control. 1 is the paper’s setting. `
+    + 'Cross-entropy: of the unchanged model’s replies, as the edited model reads them; what it is above that at 0 is damage. Repeated: 4-grams that occurred in the same reply before.';
   await plotly();
   for (const node of all('[data-figure]')) {
     const [kind, what] = node.dataset.figure.split(' ');
@@ -113,13 +115,18 @@ function cell(value) {
 
 const FILES = {
   csv: () => {
-    const head = ['class', 'row', 'n', 'refused', 'refused_low', 'refused_high', 'answered', 'answered_low', 'answered_high', 'unclear', 'kl_nats'];
-    const rows = report.rates.map((r) => [r.harmful ? 'harmful' : 'harmless', r.row, r.n, r.refused, ...r.refused_interval, r.answered, ...r.answered_interval, r.unclear, r.kl]);
+    const head = ['class', 'row', 'n', 'refused', 'refused_low', 'refused_high', 'answered', 'answered_low', 'answered_high', 'unclear', 'kl_nats', 'cross_entropy_nats', 'repeated', 'strength'];
+    const rows = report.rates.map((r) => [r.harmful ? 'harmful' : 'harmless', r.row, r.n, r.refused, ...r.refused_interval, r.answered, ...r.answered_interval, r.unclear, r.kl, r.cross_entropy ?? '', r.repetition, '']);
+    for (const [name, row] of curves ? [['damage', 'direction removed'], ['add', 'direction added']] : []) {
+      const { n, scales, kl, cross_entropy: ce, repetition } = curves[name];
+      rows.push(...scales.map((scale, i) => ['harmless', row, n, ...Array(7).fill(''), kl[i], ce[i], repetition[i], scale]));
+    }
     return [head, ...rows].map((row) => row.map(cell).join(',')).join('\n');
   },
   json: () => {
     const { markdown, ...measured } = report;
-    const plain = Object.entries(curves || {}).map(([kind, { refusal_figure, kl_figure, ...curve }]) => [kind, curve]);
+    const numbers = (curve) => Object.fromEntries(Object.entries(curve).filter(([name]) => !name.endsWith('_figure')));
+    const plain = Object.entries(curves || {}).map(([kind, curve]) => [kind, numbers(curve)]);
     return JSON.stringify({ ...measured, curves: Object.fromEntries(plain) }, null, 1);
   },
   html: async () => {
@@ -129,9 +136,9 @@ const FILES = {
     add(page.body, 'p', `Weights ${report.fingerprint}${report.revision ? `, revision ${report.revision}` : ''}; direction ${direction.digest}, ‖r‖ ${direction.norm.toFixed(3)}, from ${direction.n_harmful} harmful and ${direction.n_harmless} harmless prompts; judge: ${report.rules}; greedy, at most ${report.max_new_tokens} tokens.`);
     const table = add(page.body, 'table');
     const row = (cells, tag = 'td') => { const line = add(table, 'tr'); cells.forEach((each) => add(line, tag, each)); };
-    row(['prompts', 'direction', 'n', 'refused', 'answered', 'unclear', 'KL, nats'], 'th');
+    row(['prompts', 'direction', 'n', 'refused', 'answered', 'unclear', 'KL, nats', 'cross-entropy, nats per token', 'repeated 4-grams'], 'th');
     const share = (r, kind) => `${percent(r[kind] / r.n)} [${r[`${kind}_interval`].map(percent).join(' to ')}]`;
-    for (const r of report.rates) row([r.harmful ? 'harmful' : 'harmless', r.row, r.n, share(r, 'refused'), share(r, 'answered'), percent(r.unclear / r.n), r.kl.toFixed(3)]);
+    for (const r of report.rates) row([r.harmful ? 'harmful' : 'harmless', r.row, r.n, share(r, 'refused'), share(r, 'answered'), percent(r.unclear / r.n), r.kl.toFixed(3), r.cross_entropy?.toFixed(3) ?? '–', percent(r.repetition)]);
     add(page.body, 'p', find('[data-report] > .meaning').textContent.replace(/ A click.*$/, ''));
     if (curves) {
       add(page.body, 'h2', 'By strength');
@@ -158,7 +165,7 @@ const FILES = {
     }
     return text();
   },
-  md: () => `${find('[data-made]').textContent}\n\nDirection: \`${JSON.stringify(report.direction)}\`, judge: ${report.rules}, greedy, at most ${report.max_new_tokens} tokens.\n\n${report.markdown}`,
+  md: () => `${find('[data-made]').textContent}\n\nDirection: \`${JSON.stringify(report.direction)}\`, judge: ${report.rules}, greedy, at most ${report.max_new_tokens} tokens.\n\n${report.markdown}${damageTable && `\n\n${damageTable}`}`,
 };
 
 function say(error) {
@@ -174,7 +181,7 @@ function draw() {
     return;
   }
   if (next.report) {
-    [report, curves, shown] = [next.report, null, null];
+    [report, curves, damageTable, shown] = [next.report, null, '', null];
     drawReport();
     drawCurves();
     return;
@@ -183,7 +190,7 @@ function draw() {
   drawRunning();
   say(next.error);
   if (next.curves) {
-    curves = next.curves;
+    [curves, damageTable] = [next.curves, next.damage_markdown];
     drawCurves();
   }
 }

@@ -4,7 +4,16 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from refusal_core.evaluation import DoseCurve, Report, dose_curve, evaluate, paper_rows
+from refusal_core.evaluation import (
+    Damage,
+    DoseCurve,
+    Report,
+    damage_curve,
+    damage_table,
+    dose_curve,
+    evaluate,
+    paper_rows,
+)
 from refusal_core.interventions import Kind
 from refusal_core.metrics import wilson
 from refusal_core.plots import dose_figure
@@ -40,7 +49,7 @@ class Wish:
 
 
 def measured(ready: Ready, wish: Wish, stop: threading.Event) -> Iterator[dict]:
-    """Progress, the rates, and the curves by strength; ends early when `stop` is set."""
+    """Progress, the rates, and the curves by strength with what each costs; ends early when `stop` is set."""
     model, direction, tokens = ready.model, ready.direction, ready.found.refusal_tokens
     prompts = ready.examples.draw(wish.n)
     head = {"run": wish.run, "model": model.name}
@@ -60,10 +69,20 @@ def measured(ready: Ready, wish: Wish, stop: threading.Event) -> Iterator[dict]:
                 yield head | _progress(news)
             else:
                 curves[name] = _curve(news)
+    damages: list[Damage] = []
+    costs: tuple[tuple[str, Kind], ...] = (("damage", "ablate"), ("add", "add"))
+    for name, kind in costs:
+        texts = prompts.harmless[:N_CURVE]
+        for news in damage_curve(model, texts, direction, kind, max_new_tokens=wish.max_new_tokens, stop=stop):
+            if isinstance(news, Progress):
+                yield head | _progress(news)
+            else:
+                damages.append(news)
+                curves[name] |= _damage(news)
     if stop.is_set():
         yield head | {"cancelled": True}
     else:
-        yield head | {"curves": curves}
+        yield head | {"curves": curves, "damage_markdown": damage_table(damages)}
 
 
 def _progress(progress: Progress) -> dict:
@@ -92,6 +111,8 @@ def _report(ready: Ready, report: Report) -> dict:
                 "refused_interval": wilson(rate.refused, rate.n),
                 "answered_interval": wilson(rate.answered, rate.n),
                 "kl": rate.kl,
+                "cross_entropy": rate.cross_entropy,
+                "repetition": rate.repetition,
             }
             for rate in report.rates
         ],
@@ -117,4 +138,14 @@ def _curve(curve: DoseCurve) -> dict:
         "random_kl": curve.random_kl,
         "refusal_figure": dose_figure(curve.scales, curve.refusal, bands[0], "probability").to_json(),
         "kl_figure": dose_figure(curve.scales, curve.kl, bands[1], "KL, nats").to_json(),
+    }
+
+
+def _damage(damage: Damage) -> dict:
+    measures = (
+        ("cross_entropy", damage.cross_entropy, "cross-entropy, nats per token"),
+        ("repetition", damage.repetition, "share of 4-grams"),
+    )
+    return {name: values for name, values, _ in measures} | {
+        f"{name}_figure": dose_figure(damage.scales, values, None, title).to_json() for name, values, title in measures
     }

@@ -1,0 +1,79 @@
+"""Which tensors of a checkpoint write to the residual stream, and what a direction does to one of them.
+
+    W ← W − r̂ r̂ᵀ W,   b ← b − r̂ (r̂·b)      `without`: what is written has nothing along r̂
+    w ← ‖w‖ w′ / ‖w′‖,  w′ = w − r̂ (r̂·w)     `with_norms_kept`: neither has this, and each vector w keeps its norm
+
+The vectors w are what is added to the stream at a time: an embedding's rows, and the columns of a matrix (out, in), one
+for each of its inputs. Scaled, such a vector stays orthogonal to r̂; a row of that matrix, of which other tools keep the
+norm, is no vector of the stream, and scaling rows brings the direction back. The idea, and these vectors, are Jim Lai's
+("Norm-Preserving Biprojected Abliteration", huggingface.co/blog/grimjim, 2025), there for attention and MLP outputs.
+"""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
+POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions)\.weight$")
+WRITER = re.compile(
+    r"\.(self_attn|attn|attention|mlp|feed_forward|block_sparse_moe|experts\.\d+|shared_experts?|shared_mlp)"
+    r"\.(o_proj|out_proj|c_proj|dense|down_proj|dense_4h_to_h|fc2|w2|output_linear)\.(weight|bias)$"
+)
+FUSED = re.compile(r"\.experts\.(down_proj|w2)(\.weight)?$")
+"""All experts of a layer in one tensor, whose layout differs between families: not edited, so refused."""
+OTHER_TOWER = re.compile(r"vision|visual|image|audio")
+UNEMBEDDING = "lm_head.weight"
+NOTHING_LEFT = 1e-4
+"""A vector of which the direction was all but this share has no other part to be scaled up: that would be rounding."""
+
+
+def without(w: Float[Tensor, "..."], r: Float[Tensor, " d_model"], axis: int) -> Float[Tensor, "..."]:
+    """`w` without its part along r̂ on `axis`, computed in float32 and returned in its own precision."""
+    wide = w.float().movedim(axis, -1)
+    return (wide - (wide @ r)[..., None] * r).movedim(-1, axis).to(w.dtype).contiguous()
+
+
+def with_norms_kept(w: Float[Tensor, "..."], r: Float[Tensor, " d_model"], axis: int) -> Float[Tensor, "..."]:
+    """As `without`, each vector on `axis` scaled back to the norm it had; one along r̂ alone is gone all the same."""
+    rest = without(w.float(), r, axis)
+    before, after = (x.norm(dim=axis, keepdim=True) for x in (w.float(), rest))
+    return torch.where(after > NOTHING_LEFT * before, rest * (before / after), rest).to(w.dtype)
+
+
+def writes_along(name: str, w: Tensor, d_model: int) -> int | None:
+    """The axis of `w` on which it writes to the stream, None if it does not."""
+    if OTHER_TOWER.search(name):
+        return None
+    if EMBEDDING.search(name) or POSITIONS.search(name):
+        return -1
+    if not WRITER.search(name):
+        return None
+    if w.ndim == 1:
+        return 0
+    # A linear layer keeps (out, in); GPT-2's Conv1D the other way round, with which its square output is told apart.
+    return -1 if name.endswith("c_proj.weight") and w.shape[-1] == d_model else -2
+
+
+def covers_every_write(edited: Sequence[str], n_layers: int) -> bool:
+    """Whether the embedding, and an attention and an MLP output in each layer, are among the edited tensors."""
+    writers = [match for name in edited if name.endswith("weight") and (match := WRITER.search(name))]
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    for match in writers:
+        found["attn" in match[1] or "attention" in match[1]].add(match.string[: match.start() + 1])
+    whole_layers = [{re.sub(r"(\.\d+\.).*", r"\1", start) for start in starts} for starts in found.values()]
+    has_embedding = any(EMBEDDING.search(name) for name in edited)
+    return has_embedding and all(len(layers) == n_layers for layers in whole_layers)
+
+
+def mlp_bias(names: Sequence[str], layer: int) -> str | None:
+    """The bias among `names` that the MLP of block `layer` writes to the stream, None if it has none."""
+    for name in names:
+        match = WRITER.search(name)
+        if match and match[1] in ("mlp", "feed_forward") and match[3] == "bias" and not OTHER_TOWER.search(name):
+            number = re.search(r"\.(\d+)$", name[: match.start()])
+            if number and int(number[1]) == layer:
+                return name
+    return None
