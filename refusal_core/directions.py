@@ -37,7 +37,7 @@ class Source:
     `fingerprint` names the weights themselves, so that a moved folder is still the same model. `origin` names the
     format of another tool's file that the direction comes from, in which nothing says which weights it was read from.
     `contrast` names the two classes, the first minus the second, of a direction that is not about refusal; `control` what
-    is no direction at all.
+    is no direction at all. `chosen_by` says what chose it among its candidates where the paper's rule did not, and why.
     """
 
     model: str = ""
@@ -51,6 +51,7 @@ class Source:
     control: str = ""
     origin: str = ""
     contrast: str = ""
+    chosen_by: str = ""
 
     def as_json(self) -> str:
         """What `read_source` reads."""

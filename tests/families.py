@@ -75,8 +75,8 @@ HEADS_UNKNOWN = ("Gemma 2", "Gemma 3, text", "OLMo 2", "OLMo 3", "GLM 4")
 """A norm stands behind their attention: what is written depends on all heads together."""
 
 
-def build(name: str, folder: Path, seed: int = 0) -> Path:
-    """A random checkpoint of the family in `folder`, with a tokenizer and its chat template."""
+def build(name: str, folder: Path, seed: int = 0, **other: Any) -> Path:
+    """A random checkpoint of the family in `folder`, with a tokenizer and its chat template; `other` is for its config."""
     kind, special = FAMILIES[name]
     tokenizer = AutoTokenizer.from_pretrained(ORGANISM)
     tokens = {
@@ -85,7 +85,7 @@ def build(name: str, folder: Path, seed: int = 0) -> Path:
         "pad_token_id": tokenizer.pad_token_id,
     }
     config = transformers.CONFIG_MAPPING[kind](
-        **((COMMON if kind != "gpt2" else {}) | tokens | {"bos_token_id": None} | special)
+        **((COMMON if kind != "gpt2" else {}) | tokens | {"bos_token_id": None} | special | other)
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
