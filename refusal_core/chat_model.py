@@ -651,9 +651,14 @@ def _is_close(terms: Mapping[int, float], expected: Mapping[int, float]) -> bool
 
 
 def _write_points(block: GeneralizedComponent) -> dict[str, Any]:
-    """The hook points of what a block writes to the stream, after a post-norm where the family has one."""
-    names = {"attention": "hook_attn_out", "MLP": "hook_mlp_out"}
-    return {part: getattr(block, name) for part, name in names.items() if hasattr(block, name)}
+    """The hook points of what a block writes to the stream, after a post-norm where the family has one.
+
+    Of hybrid families some blocks have a linear attention instead.
+    """
+    linear = getattr(block, "linear_attn", None)
+    names = {"MLP": "hook_mlp_out"} if linear else {"attention": "hook_attn_out", "MLP": "hook_mlp_out"}
+    points = {part: getattr(block, name) for part, name in names.items() if hasattr(block, name)}
+    return ({"attention": linear.hook_out} if linear else {}) | points
 
 
 OUTPUT_MATRICES = ("o_proj", "c_proj", "dense", "out_proj")
@@ -700,7 +705,8 @@ def _keep_the_familys_modules(adapter: ArchitectureAdapter) -> None:
     """Hooks what the blocks read and write, and leaves everything inside them to the family's own (fast) code."""
     mapping = cast(dict[str, Any], adapter.component_mapping)
     blocks = mapping["blocks"]
-    kept = {k: v for k, v in blocks.submodules.items() if k in ("attn", "mlp", "ln1_post", "ln2_post")}
+    parts = ("attn", "linear_attn", "mlp", "ln1_post", "ln2_post")
+    kept = {k: v for k, v in blocks.submodules.items() if k in parts}
     # A block that scales its outputs (Granite) names no points for them: they are those of attention and MLP.
     points = {"hook_attn_out": "attn.hook_out", "hook_mlp_out": "mlp.hook_out"} | blocks.hook_aliases
     aliases = {k: v for k, v in points.items() if k in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")}
@@ -711,7 +717,7 @@ def _keep_the_familys_modules(adapter: ArchitectureAdapter) -> None:
         "ln_final": GeneralizedComponent(name=mapping["ln_final"].name),
         "blocks": _Block(
             name=blocks.name,
-            submodules={k: GeneralizedComponent(name=v.name) for k, v in kept.items()},
+            submodules={k: GeneralizedComponent(name=v.name, optional=v.optional) for k, v in kept.items()},
             hook_alias_overrides=aliases,
         ),
     }
