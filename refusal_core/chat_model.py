@@ -544,6 +544,11 @@ class ChatModel:
         """Raises ModelError unless the hooked writes sum to the stream: a write that is missed is not ablated."""
         points = list(self._embedding_points().values())
         for layer, block in enumerate(self._bridge.blocks):
+            if torch.is_tensor(getattr(block, "layer_scalar", None)):
+                raise ModelError(
+                    f"{self.name}: block {layer} multiplies the whole residual stream by a number of its own, so the stream "
+                    "is no sum of what is written to it, and what a part adds cannot be told. Take a model of another family."
+                )
             if len(_write_points(block)) < 2:
                 raise ModelError(
                     f"{self.name}: block {layer} has a write to the residual stream that cannot be hooked, so ablation "
