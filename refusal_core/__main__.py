@@ -31,7 +31,7 @@ from refusal_core.generation import MAX_NEW_TOKENS
 from refusal_core.interventions import Kind
 from refusal_core.orthogonalize import NEEDS_MEAN, VARIANTS, export
 from refusal_core.prompts import PromptError, PromptSet, Split, load_prompts
-from refusal_core.selection import KL_LIMIT, LAYER_SHARE, CandidateScore, Found, Rule, find_direction
+from refusal_core.selection import KL_LIMIT, LAYER_SHARE, By, CandidateScore, Found, Rule, find_direction
 from refusal_core.terminal import chat, followed
 
 EPILOG = f"""\
@@ -59,6 +59,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 DISCARDED: dict[Rule, str] = {
     "zero": "numerically zero: harmful and harmless prompts are the same there",
     "layer": f"in the last {1 - LAYER_SHARE:.0%} of the layers",
+    "late": "read at the last token, above the layers where other positions score highest (COSMIC)",
     "induce": "adding it does not make harmless prompts refused (induce < 0)",
     "kl": f"removing it changes harmless replies (kl > {KL_LIMIT})",
     "nan": "a score is not a number",
@@ -130,6 +131,11 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="DIR",
         help="write direction.safetensors, activations.safetensors and found.json into this folder",
     )  # fmt: skip
+    find.add_argument(
+        "--by", choices=("rule", "cosmic"),
+        help="who chooses: the paper's rule, or COSMIC, which needs no refusal tokens; default: the rule, and COSMIC where "
+        "the rule has nothing to go by",
+    )  # fmt: skip
     find.add_argument("--complete", action="store_true", help="measure every candidate, not only what the rule needs")
     talk = add("chat", "Talk with three models side by side: unchanged, direction removed, direction added.", given)
     rates = add("evaluate", "Judge replies to test prompts, with and without the direction.", given, machine)
@@ -174,7 +180,7 @@ def _strength(text: str) -> float:
 
 def _find(options: argparse.Namespace) -> int:
     model = _model(options)
-    found = _found(model, options, complete=options.complete)
+    found = _found(model, options, by=options.by, complete=options.complete)
     if options.out:
         _save(found, options.out)
     if options.json:
@@ -278,10 +284,10 @@ def _direction(model: ChatModel, options: argparse.Namespace) -> Direction:
     return load_direction(model, options.direction) if options.direction else _found(model, options).direction
 
 
-def _found(model: ChatModel, options: argparse.Namespace, *, complete: bool = False) -> Found:
+def _found(model: ChatModel, options: argparse.Namespace, *, by: By | None = None, complete: bool = False) -> Found:
     search = find_direction if options.no_cache else find_or_recall
     train, val = _prompts("train", options), _prompts("val", options)
-    return followed(search(model, train, val, complete=complete, seed=options.seed))
+    return followed(search(model, train, val, by=by, complete=complete, seed=options.seed))
 
 
 def _found_with(direction: Path) -> Found | None:
@@ -309,36 +315,46 @@ def _named(model: ChatModel, found: Found) -> dict:
 
 def _print_found(model: ChatModel, found: Found) -> None:
     choice = found.choice
-    print("pos layer    ‖r‖  bypass  induce     kl  rule")
+    scored = ("refuse", "comply", "kl") if found.direction.source.chosen_by else ("bypass", "induce", "kl")
+    print("pos layer " + " ".join(f"{name:>7}" for name in ("‖r‖", *scored)) + "  rule")
     for s in found.scores:
         verdict = {choice.chosen: "chosen", choice.runner_up: "runner-up"}.get(s, choice.rejected.get(s, ""))
-        print(f"{_row(s)}  {verdict}")
+        print(f"{_row(s, scored)}  {verdict}")
     print(f"\n{model.description}")
     source = found.direction.source
     margin = "" if choice.margin is None else f", bypass {choice.margin:.2f} below the runner-up's"
+    if source.chosen_by:
+        margin = "" if choice.margin is None else f", similarity {choice.margin:.3f} above the runner-up's"
+        print(f"chosen by {source.chosen_by}: the highest refuse + comply of the candidates that no rule discards")
     print(
         f"chosen: position {source.position} ({model.template_tokens[source.position]!r}), input of layer {source.layer} of "
         f"{model.n_layers}{margin}"
     )
     if choice.relaxed:
-        print(f"No candidate passed every rule; this one needs the rule {choice.relaxed!r} relaxed least.")
+        print(
+            f"No candidate passed every rule; this one needs the rule {choice.relaxed!r} relaxed least."
+            + ("" if source.chosen_by else " `--by cosmic` chooses without refusal tokens.")
+        )
     counts = funnel(choice, len(found.scores))
     print(f"\n{counts['candidates']:5} candidates")
     for rule, why in DISCARDED.items():
         print(f"{-counts[rule]:5} {why}")
-    measured = sum(None not in (s.bypass, s.induce, s.kl) for s in found.scores if s not in choice.rejected)
+    measured = sum(
+        all(getattr(s, name) is not None for name in scored) for s in found.scores if s not in choice.rejected
+    )
     print(f"{counts['left']:5} left, of which {measured} had to be measured whole")
     kept = ", ".join(f"{split} {cls} {k} of {n}" for (split, cls), (k, n) in found.counts.items())
-    print(f"\nprompts that the model treats as expected: {kept}")
+    print(f"\nprompts, {'none left out' if source.chosen_by else 'those that the model treats as expected'}: {kept}")
     tokens = ", ".join(
         f"{model.tokenizer.decode([t])!r} {share:.0%}"
         for t, share in zip(found.refusal_tokens, found.refusal_shares, strict=True)
     )
-    print(f"refusal tokens: {tokens}")
+    print(f"refusal tokens: {tokens or 'none that stand out'}")
 
 
-def _row(s: CandidateScore) -> str:
-    numbers = " ".join("      –" if x is None else f"{x:7.2f}" for x in (s.norm, s.bypass, s.induce, s.kl))
+def _row(s: CandidateScore, scored: Sequence[str]) -> str:
+    values = [s.norm, *(getattr(s, name) for name in scored)]
+    numbers = " ".join("      –" if x is None else f"{x:7.2f}" for x in values)
     return f"{s.pos:3} {s.layer:5} {numbers}"
 
 

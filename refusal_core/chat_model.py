@@ -579,7 +579,12 @@ class ChatModel:
 
     def _check_writes(self) -> None:
         """Raises ModelError unless the hooked writes sum to the stream: a write that is missed is not ablated."""
-        for layer in range(self.n_layers):
+        for layer, block in enumerate(self._parts.blocks):
+            if torch.is_tensor(getattr(block, "layer_scalar", None)):
+                raise ModelError(
+                    f"{self.name}: block {layer} multiplies the whole residual stream by a number of its own, so the stream "
+                    "is no sum of what is written to it, and what a part adds cannot be told. Take a model of another family."
+                )
             if any(f"{part} {layer}" not in self.writers for part in BLOCK_WRITERS):
                 raise ModelError(
                     f"{self.name}: block {layer} has a write to the residual stream that cannot be hooked, so ablation "
@@ -701,9 +706,11 @@ def _parts(model: transformers.PreTrainedModel, tokenizer: PreTrainedTokenizerFa
         by_point = {
             id(c.hook_out): c.original_component for c in block.modules() if isinstance(c, GeneralizedComponent)
         }
-        for part, point in BLOCK_WRITERS.items():
-            if hasattr(block, point):
-                writers[f"{part} {layer}"] = by_point[id(getattr(block, point))]
+        linear = getattr(block, "linear_attn", None)  # what some blocks of hybrid families have instead
+        for part, name in BLOCK_WRITERS.items():
+            point = linear.hook_out if linear is not None and part == "attention" else getattr(block, name, None)
+            if point is not None:
+                writers[f"{part} {layer}"] = by_point[id(point)]
     heads = _head_outputs(bridge.blocks, model.config.get_text_config().num_attention_heads)
     parts = _Parts(
         blocks=[block.original_component for block in bridge.blocks],
@@ -763,7 +770,8 @@ def _keep_the_familys_modules(adapter: ArchitectureAdapter) -> None:
     """Hooks what the blocks read and write, and leaves everything inside them to the family's own (fast) code."""
     mapping = cast(dict[str, Any], adapter.component_mapping)
     blocks = mapping["blocks"]
-    kept = {k: v for k, v in blocks.submodules.items() if k in ("attn", "mlp", "ln1_post", "ln2_post")}
+    parts = ("attn", "linear_attn", "mlp", "ln1_post", "ln2_post")
+    kept = {k: v for k, v in blocks.submodules.items() if k in parts}
     # A block that scales its outputs (Granite) names no points for them: they are those of attention and MLP.
     points = {"hook_attn_out": "attn.hook_out", "hook_mlp_out": "mlp.hook_out"} | blocks.hook_aliases
     aliases = {k: v for k, v in points.items() if k in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")}
@@ -774,7 +782,7 @@ def _keep_the_familys_modules(adapter: ArchitectureAdapter) -> None:
         "ln_final": GeneralizedComponent(name=mapping["ln_final"].name),
         "blocks": OpaqueBlockBridge(
             name=blocks.name,
-            submodules={k: GeneralizedComponent(name=v.name) for k, v in kept.items()},
+            submodules={k: GeneralizedComponent(name=v.name, optional=v.optional) for k, v in kept.items()},
             hook_alias_overrides=aliases,
         ),
     }

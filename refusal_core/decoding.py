@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from refusal_core.interventions import Row, RowEdits
 
@@ -86,14 +86,17 @@ class _Shared:
 
     @property
     def can_be_cut(self) -> bool:
-        """Whether every layer's cache is a tensor of keys and one of values, of all tokens or of a window of them."""
-        return all(isinstance(layer, DynamicLayer) for layer in self.cache.layers)
+        """Whether every layer's cache is a tensor of keys and one of values, of all tokens or of a window of them, or a
+        state of each row."""
+        return all(isinstance(layer, DynamicLayer | LinearAttentionLayer) for layer in self.cache.layers)
 
     def select(self, index: list[int]) -> "_Shared":
         """These rows alone, without the positions that are padding to all of them."""
         mask = self.mask[index]
         longest = int(mask.sum(-1).max())
-        cache = _each_layer([self.cache], longest, lambda tensors: tensors[0][index][:, :, -longest:])
+        cache = _each_layer(
+            [self.cache], longest, lambda tensors: tensors[0][index][:, :, -longest:], lambda states: states[0][index]
+        )
         return _Shared([self.rows[i] for i in index], cache, mask[:, -longest:], self.position[index])
 
 
@@ -107,19 +110,35 @@ def _together(parts: Sequence[_Shared]) -> _Shared:
 
     return _Shared(
         [row for part in parts for row in part.rows],
-        _each_layer([part.cache for part in parts], longest, joined),
+        _each_layer([part.cache for part in parts], longest, joined, torch.cat),
         torch.cat([pad(part.mask, (longest - part.mask.shape[1], 0)) for part in parts]),
         torch.cat([part.position for part in parts]),
     )
 
 
-def _each_layer(caches: Sequence[Cache], length: int, make: Callable[[list[Tensor]], Tensor]) -> Cache:
-    """A cache of `length` tokens, whose keys and values `make` makes from those of `caches`, layer by layer."""
+def _each_layer(
+    caches: Sequence[Cache],
+    length: int,
+    make: Callable[[list[Tensor]], Tensor],
+    make_state: Callable[[list[Tensor]], Tensor],
+) -> Cache:
+    """A cache of `length` tokens, whose keys and values `make` makes from those of `caches`, layer by layer.
+
+    What a linear attention keeps instead has no positions: `make_state` makes that.
+    """
     made = copy.copy(caches[0])
     made.layers = []
     for layers in zip(*(cache.layers for cache in caches), strict=True):
         layer: Any = copy.copy(layers[0])
-        if layer.is_initialized:  # those that share another layer's keys and values have none of their own
+        for name in ("conv_states", "recurrent_states") if isinstance(layer, LinearAttentionLayer) else ():
+            states = [getattr(a, name) for a in layers]
+            # New dictionaries: the copied layer has those of the one it was copied from.
+            setattr(
+                layer, name, {i: s if s is None else make_state([a[i] for a in states]) for i, s in states[0].items()}
+            )
+        if (
+            isinstance(layer, DynamicLayer) and layer.is_initialized
+        ):  # those that share another layer's keys and values have none of their own
             layer.keys, layer.values = make([a.keys for a in layers]), make([a.values for a in layers])
         if hasattr(layer, "cumulative_length"):  # a window counts the tokens that have left it, too
             layer.cumulative_length = length

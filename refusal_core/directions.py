@@ -37,7 +37,8 @@ class Source:
     `fingerprint` names the weights themselves, so that a moved folder is still the same model. `origin` names the
     format of another tool's file that the direction comes from, in which nothing says which weights it was read from.
     `contrast` names the two classes, the first minus the second, of a direction that is not about refusal; `control` what
-    is no direction at all; `projected` the activations whose mean was taken out of it.
+    is no direction at all; `projected` the activations whose mean was taken out of it;
+    `chosen_by` what chose it among its candidates where the paper's rule did not, and why.
     """
 
     model: str = ""
@@ -52,6 +53,7 @@ class Source:
     origin: str = ""
     contrast: str = ""
     projected: str = ""
+    chosen_by: str = ""
 
     def as_json(self) -> str:
         """What `read_source` reads."""

@@ -30,7 +30,18 @@ from safetensors import SafetensorError
 from refusal_core.chat_model import ChatModel
 from refusal_core.directions import Direction, DirectionError
 from refusal_core.prompts import PromptSet
-from refusal_core.selection import N_TRAIN, N_VAL, CandidateScore, Choice, Found, Progress, choose, find_direction
+from refusal_core.selection import (
+    N_TRAIN,
+    N_VAL,
+    By,
+    CandidateScore,
+    Choice,
+    Found,
+    Progress,
+    choose,
+    choose_cosmic,
+    find_direction,
+)
 
 CACHE_VARIABLE = "REFUSAL_CACHE"
 CACHE_BYTES = 2_000_000_000
@@ -50,6 +61,7 @@ def find_or_recall(
     prompts: PromptSet,
     validation: PromptSet,
     *,
+    by: By | None = None,
     refusal_tokens: Sequence[int] | None = None,
     complete: bool = False,
     seed: int = 0,
@@ -57,14 +69,14 @@ def find_or_recall(
 ) -> Iterator[Progress | Found]:
     """As `find_direction`, but at once if the same search was made before; a new result is kept."""
     drawn = prompts.draw(N_TRAIN, seed), validation.draw(N_VAL, seed)
-    folder = cache_folder() / _key(model, *drawn, refusal_tokens, complete)
+    folder = cache_folder() / _key(model, *drawn, by, refusal_tokens, complete)
     with contextlib.suppress(DirectionError):
         found = load_found(folder)
         os.utime(folder)
         yield found
         return
     search = find_direction(
-        model, prompts, validation, refusal_tokens=refusal_tokens, complete=complete, seed=seed, stop=stop
+        model, prompts, validation, by=by, refusal_tokens=refusal_tokens, complete=complete, seed=seed, stop=stop
     )
     for event in search:
         if isinstance(event, Found):
@@ -110,9 +122,10 @@ def load_found(folder: Path) -> Found:
         scores = tuple(
             CandidateScore(**{k: v for k, v in row.items() if k != "rejected"}) for row in said["candidates"]
         )
+        direction = Direction.load(folder / "direction.safetensors")
         return Found(
-            direction=Direction.load(folder / "direction.safetensors"),
-            choice=choose(scores, tensors["directions"].shape[1]),
+            direction=direction,
+            choice=(choose_cosmic if direction.source.chosen_by else choose)(scores, tensors["directions"].shape[1]),
             scores=scores,
             refusal_tokens=tuple(said["refusal_tokens"]),
             refusal_shares=tuple(said["refusal_shares"]),
@@ -128,7 +141,8 @@ def load_found(folder: Path) -> Found:
 
 def funnel(choice: Choice, n_candidates: int) -> dict[str, int]:
     """How many candidates there are, how many each rule discarded, and how many are left."""
-    by_rule = {rule: list(choice.rejected.values()).count(rule) for rule in ("zero", "layer", "induce", "kl", "nan")}
+    rules = ("zero", "layer", "late", "induce", "kl", "nan")
+    by_rule = {rule: list(choice.rejected.values()).count(rule) for rule in rules}
     return {"candidates": n_candidates, **by_rule, "left": n_candidates - sum(by_rule.values())}
 
 
@@ -144,11 +158,18 @@ def _prompts(said: dict[str, Any]) -> PromptSet:
 # -- the cache -------------------------------------------------------------------------------------------------------
 
 
-def _key(model: ChatModel, train: PromptSet, val: PromptSet, tokens: Sequence[int] | None, complete: bool) -> str:
+def _key(
+    model: ChatModel,
+    train: PromptSet,
+    val: PromptSet,
+    by: By | None,
+    tokens: Sequence[int] | None,
+    complete: bool,
+) -> str:
     read = [[model.render(text) for text in texts] for s in (train, val) for texts in (s.harmful, s.harmless)]
     made_from = [
         _code_version(), model.name, model.revision, model.fingerprint, str(model.dtype), model.device.type,
-        train.source, list(tokens or ()), complete, read,
+        train.source, by, list(tokens or ()), complete, read,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
 

@@ -14,6 +14,17 @@ cached `resid_pre` of their layer, and stop where the rest of the prompts could 
 score's upper bound; bypass is measured only where induce ≥ 0; kl lazily, in ascending order of bypass, until two
 candidates pass (the chosen one and the runner-up). What was not measured stays None.
 
+Where refusal tokens say nothing, `choose_cosmic` asks the activations instead (Siu et al. 2025, COSMIC, as their published
+code has it). In L_low, the tenth of the layers where the classes are least alike (train, position −1), and of the
+validation prompts' last position, x̄ being the mean over prompts and those layers:
+
+    S_refuse = cos(x̄ of harmless prompts with r added, x̄ of harmful)
+    S_comply = cos(x̄ of harmful prompts with r ablated, x̄ of harmless)       (the highest S_refuse + S_comply is chosen)
+
+Nothing is filtered by what the model does, and instead of induce a candidate at −1 is discarded above the layers where
+the other positions' candidates score highest (the median of their peaks, of both scores): there the similarity is of its
+own making. An addition at layer l is read from l + 1 on. Unlike theirs, L_low leaves out what stands behind the final norm.
+
 For two classes that are not about refusal, none of this can be asked: `find_contrast` takes the cell at which held-out
 prompts lie furthest apart along the difference of the means, and steers nothing to find it.
 """
@@ -22,7 +33,7 @@ import functools
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -31,7 +42,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from refusal_core.activations import template_positions
-from refusal_core.chat_model import Batch, ChatModel
+from refusal_core.chat_model import Batch, ChatModel, Output
 from refusal_core.directions import ZERO_NORM, Direction, Source, difference_in_means
 from refusal_core.interventions import Intervention, Kind
 from refusal_core.metrics import HIGHEST_SCORE, auroc, d_prime, kl_divergence, refusal_score
@@ -48,7 +59,11 @@ PARTS = 12
 The fewer prompts, the less padding, and the sooner a part of them decides.
 """
 
-Rule = Literal["nan", "zero", "layer", "kl", "induce"]
+Rule = Literal["nan", "zero", "layer", "late", "kl", "induce"]
+
+By = Literal["rule", "cosmic"]
+COSMIC = "COSMIC"
+LOW_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,8 @@ class CandidateScore:
     """A row of the table: the candidate at template position `pos` and layer `layer` (`resid_pre`), and its scores.
 
     `bypass` and `induce` are refusal scores (log-odds), `kl` is in nats; None is "not measured". `norm` is ‖r‖.
-    `decided` is the rule that a part of the validation prompts was enough for, whatever the score is over all.
+    `decided` is the rule that a part of the validation prompts was enough for, whatever the score is over all, or that
+    other candidates decide. `refuse` and `comply` are COSMIC's cosines, which are measured instead of the first two.
     `auroc` and `d_prime` say how far held-out prompts lie apart along r; they are what `choose_contrast` goes by.
     """
 
@@ -69,6 +85,13 @@ class CandidateScore:
     decided: Rule | None = None
     auroc: float | None = None
     d_prime: float | None = None
+    refuse: float | None = None
+    comply: float | None = None
+
+    @property
+    def similarity(self) -> float | None:
+        """S_refuse + S_comply, by which COSMIC chooses."""
+        return None if self.refuse is None or self.comply is None else self.refuse + self.comply
 
 
 @dataclass(frozen=True)
@@ -85,19 +108,29 @@ class Choice:
     relaxed: Rule | None
 
     @property
+    def bypasses(self) -> bool:
+        """Whether the choice is one to offer: relaxed rules are for nothing where even then refusal stays."""
+        return self.relaxed is None or (self.chosen is not None and (self.chosen.bypass or 0) < 0)
+
+    @property
     def margin(self) -> float | None:
-        """How much lower the chosen candidate's bypass is than the runner-up's."""
+        """How far the chosen candidate is ahead of the runner-up: in bypass, or in similarity where that chose."""
         if self.chosen is None or self.runner_up is None:
             return None
+        if self.chosen.similarity is not None and self.runner_up.similarity is not None:
+            return self.chosen.similarity - self.runner_up.similarity
         if self.chosen.bypass is None or self.runner_up.bypass is None:
             return None
         return self.runner_up.bypass - self.chosen.bypass
 
 
 _RULES: dict[Rule, Callable[[CandidateScore, int], bool]] = {
-    "nan": lambda s, n_layers: any(x is not None and math.isnan(x) for x in (s.bypass, s.induce, s.kl)),
+    "nan": lambda s, n_layers: any(
+        x is not None and math.isnan(x) for x in (s.bypass, s.induce, s.kl, s.refuse, s.comply)
+    ),
     "zero": lambda s, n_layers: s.norm is not None and not s.norm >= ZERO_NORM,
     "layer": lambda s, n_layers: s.layer >= int(LAYER_SHARE * n_layers),
+    "late": lambda s, n_layers: s.decided == "late",
     "kl": lambda s, n_layers: s.kl is not None and s.kl > KL_LIMIT,
     "induce": lambda s, n_layers: s.decided == "induce" or (s.induce is not None and s.induce < 0),
 }
@@ -117,6 +150,28 @@ def choose(scores: Sequence[CandidateScore], n_layers: int) -> Choice:
     effective = [s for s in usable if (s.bypass or 0) < 0]
     nearest = min(effective or usable, key=lambda s: (len(broken[s]), *_excess(s, broken[s][0])))
     return Choice(nearest, rejected, None, broken[nearest][0])
+
+
+def choose_cosmic(scores: Sequence[CandidateScore], n_layers: int) -> Choice:
+    """The candidate with the highest S_refuse + S_comply of those that no rule discards, then the earliest.
+
+    If every one is discarded, the one that needs a rule relaxed least.
+    """
+    broken = {s: broken_rules(s, n_layers) for s in scores}
+    rejected: dict[CandidateScore, Rule] = {s: rules[0] for s, rules in broken.items() if rules}
+    measured = [s for s in scores if s.similarity is not None and s.kl is not None]
+    passing = sorted((s for s in measured if s not in rejected), key=_by_similarity)
+    if passing:
+        return Choice(passing[0], rejected, passing[1] if len(passing) > 1 else None, None)
+    usable = [s for s in measured if not {"nan", "zero"} & set(broken[s])]
+    if not usable:
+        return Choice(None, rejected, None, None)
+    nearest = min(usable, key=lambda s: (len(broken[s]), *_excess(s, broken[s][0])))
+    return Choice(nearest, rejected, None, broken[nearest][0])
+
+
+def _by_similarity(score: CandidateScore) -> tuple[float, int, int]:
+    return -(score.similarity or 0.0), score.pos, score.layer
 
 
 def choose_contrast(scores: Sequence[CandidateScore], n_layers: int) -> Choice:
@@ -144,8 +199,9 @@ def _is_measured(score: CandidateScore) -> bool:
 
 
 def _excess(score: CandidateScore, rule: Rule) -> tuple[int, float]:
-    """Which rule is rather relaxed (kl, then induce, then layer), and by how little."""
-    amounts = {"kl": score.kl or 0.0, "induce": -(score.induce or 0.0), "layer": float(score.layer)}
+    """Which rule is rather relaxed (kl, then induce, late, layer), and by how little."""
+    layer = float(score.layer)
+    amounts = {"kl": score.kl or 0.0, "induce": -(score.induce or 0.0), "late": layer, "layer": layer}
     return list(amounts).index(rule), amounts[rule]
 
 
@@ -163,8 +219,8 @@ class Found:
     """A found direction with everything it was chosen from.
 
     `directions` are the raw differences of means (float64). The activations are `resid_pre` at `positions`
-    (−(P+1) … −1), float32, of the prompts that the untouched model treats as expected; `counts` says per split and
-    class how many of the drawn prompts those are. `refusal_shares` is the mean probability, on harmful training
+    (−(P+1) … −1), float32, of the prompts that the untouched model treats as expected, or of all where COSMIC chose;
+    `counts` says per split and class how many of the drawn prompts those are. `refusal_shares` is the mean probability, on harmful training
     prompts, of each refusal token as the first of the reply.
     """
 
@@ -191,7 +247,9 @@ class Found:
 
     def candidate(self, pos: int, layer: int) -> Direction:
         """The direction of any cell of the map; raises DirectionError where it is numerically zero."""
-        source = replace(self.direction.source, position=pos, layer=layer)
+        source = self.direction.source
+        if (pos, layer) != (source.position, source.layer):
+            source = replace(source, position=pos, layer=layer, chosen_by="")
         return Direction.from_difference(self.directions[pos, layer], source)
 
     def harmless_mean(self, pos: int, layer: int) -> Float[Tensor, " d_model"]:
@@ -201,7 +259,7 @@ class Found:
 
 @dataclass(eq=False)
 class _Read:
-    """One class of one split as the untouched model reads it; `kept` are those it treats as expected."""
+    """One class of one split as the untouched model reads it; `kept` are those that are gone by."""
 
     prompts: tuple[str, ...]
     activations: Tensor
@@ -214,6 +272,7 @@ def find_direction(
     prompts: PromptSet,
     validation: PromptSet | None = None,
     *,
+    by: By | None = None,
     refusal_tokens: Sequence[int] | None = None,
     complete: bool = False,
     seed: int = 0,
@@ -222,9 +281,11 @@ def find_direction(
     """Finds the model's refusal direction; yields `Progress` and, last, `Found`.
 
     Draws 128 + 128 of `prompts` and 32 + 32 of `validation` (by default the `val` split of the same source).
-    `refusal_tokens` default to the first tokens most raised on harmful against harmless prompts. With `complete`
-    every cell of the table is measured, for a map without holes. Setting `stop` ends the iteration early.
-    Raises PromptError if a class empties because the model does not treat it as expected.
+    `refusal_tokens` default to the first tokens most raised on harmful against harmless prompts. `by` says who chooses:
+    the rule, or COSMIC, which needs no refusal tokens; without it the rule, and COSMIC where the model's own tokens say
+    nothing or no candidate bypasses refusal, which the direction's source then gives with the reason. With `complete`
+    every cell of the table is measured, for a map without holes. Setting `stop` ends the iteration early. Raises
+    PromptError if a class empties because the model does not treat it as expected, and none but the rule may choose.
     """
     train = prompts.draw(N_TRAIN, seed)
     val = (validation or load_prompts("val", prompts.source or "embedded")).draw(N_VAL, seed)
@@ -233,29 +294,62 @@ def find_direction(
         return
     first = {cls: reads["train", cls].logits.double().softmax(-1).mean(0) for cls in ("harmful", "harmless")}
     tokens = tuple(refusal_tokens) if refusal_tokens else derive_refusal_tokens(first["harmful"], first["harmless"])
-    counts = _keep_expected(reads, tokens)
+    shares = tuple(first["harmful"][t].item() for t in tokens)
+    only_rule = by == "rule" or bool(refusal_tokens)
+    why = "as asked for" if by == "cosmic" else ""
+    if not why and (lack := _keep_expected(reads, tokens)):
+        if only_rule:
+            raise PromptError(
+                f"{lack[0].upper()}{lack[1:]}, so there is no direction to read: take a model with safety tuning, other "
+                "prompts, or other refusal tokens, or have COSMIC choose, which needs none."
+            )
+        why = f"because {lack}"
+    if not why:
+        found = yield from _search(model, train, val, reads, tokens, shares, complete, stop)
+        if found is None or only_rule or found.choice.bypasses:
+            yield from () if found is None else (found,)
+            return
+        why = "because no candidate bypasses refusal, whichever rule is relaxed"
+    for read in reads.values():
+        read.kept = list(range(len(read.prompts)))
+    found = yield from _search(model, train, val, reads, tokens, shares, complete, stop, chosen_by=f"{COSMIC}, {why}")
+    if found is not None:
+        yield found
+
+
+def _search(
+    model: ChatModel,
+    train: PromptSet,
+    val: PromptSet,
+    reads: dict[tuple[str, str], _Read],
+    tokens: tuple[int, ...],
+    shares: tuple[float, ...],
+    complete: bool,
+    stop: threading.Event | None,
+    chosen_by: str = "",
+) -> Generator[Progress, None, Found | None]:
+    """Scores the candidates of what is kept and chooses; gives nothing if `stop` was set meanwhile."""
     train = train.keep(reads["train", "harmful"].kept, reads["train", "harmless"].kept)
     val = val.keep(reads["val", "harmful"].kept, reads["val", "harmless"].kept)
     kept = {key: read.activations[read.kept] for key, read in reads.items()}
     raw = difference_in_means(kept["train", "harmful"][:, 1:], kept["train", "harmless"][:, 1:])
-
     scorer = _Scorer(model, raw, _source(model, train), tokens, val)
-    for progress in scorer.score(complete):
+    for progress in scorer.score_by_cosine(kept, complete) if chosen_by else scorer.score(complete):
         yield progress
         if stop is not None and stop.is_set():
-            return
-    scores = scorer.scores
-    choice = choose(scores, model.n_layers)
+            return None
+    choice = (choose_cosmic if chosen_by else choose)(scorer.scores, model.n_layers)
     if choice.chosen is None:
         raise PromptError(
             "No candidate direction could be scored: harmful and harmless prompts look the same to the model."
         )
-    yield Found(
-        direction=scorer.direction(choice.chosen),
+    direction = scorer.direction(choice.chosen)
+    return Found(
+        direction=replace(direction, source=replace(direction.source, chosen_by=chosen_by)),
         choice=choice,
-        scores=scores,
+        scores=scorer.scores,
         refusal_tokens=tokens,
-        refusal_shares=tuple(first["harmful"][t].item() for t in tokens),
+        refusal_shares=shares,
         directions=raw,
         positions=tuple(range(-model.template_positions - 1, 0)),
         prompts=train,
@@ -264,7 +358,7 @@ def find_direction(
         harmless=kept["train", "harmless"],
         val_harmful=kept["val", "harmful"],
         val_harmless=kept["val", "harmless"],
-        counts=counts,
+        counts={key: (len(read.kept), len(read.prompts)) for key, read in reads.items()},
     )
 
 
@@ -394,20 +488,17 @@ def derive_refusal_tokens(
     return tuple(t for s, t in zip(share[:at_most].tolist(), token[:at_most].tolist(), strict=True) if s >= 0.05)
 
 
-def _keep_expected(
-    reads: dict[tuple[str, str], _Read], tokens: Sequence[int]
-) -> dict[tuple[str, str], tuple[int, int]]:
-    """Keeps harmful prompts that score above 0 and harmless ones below; how many of how many, per split and class."""
+def _keep_expected(reads: dict[tuple[str, str], _Read], tokens: Sequence[int]) -> str | None:
+    """Keeps harmful prompts that score above 0 and harmless ones below; says so where none of a class is left."""
+    if not tokens:
+        return "no token stands out as the beginning of a refusal"
     for (split, cls), read in reads.items():
         score = refusal_score(read.logits, tokens)
         read.kept = ((score > 0) if cls == "harmful" else (score < 0)).nonzero().flatten().tolist()
         if not read.kept:
             verb = "refuses no" if cls == "harmful" else "refuses every"
-            raise PromptError(
-                f"The unmodified model {verb} {cls} prompt of the {split} split, so there is no direction to read: "
-                "take a model with safety tuning, other prompts, or other refusal tokens."
-            )
-    return {key: (len(read.kept), len(read.prompts)) for key, read in reads.items()}
+            return f"the unmodified model {verb} {cls} prompt of the {split} split"
+    return None
 
 
 class _Scorer:
@@ -448,7 +539,9 @@ class _Scorer:
         yield from self._measure_induce(unpruned, decide=not complete)
         if not complete:
             yield from self._measure_bypass([s for s in self.scores if s.induce is not None and s.induce >= 0])
-            yield from self._measure_kl_until_two_pass()
+            with_bypass = [s for s in self.scores if s.bypass is not None and not math.isnan(s.bypass)]
+            ranked = sorted(with_bypass, key=lambda s: (s.bypass, s.pos, s.layer))
+            yield from self._measure_kl_until_two_pass(ranked, choose)
             if choose(self.scores, n_layers).relaxed is None and any(map(_is_measured, self.scores)):
                 return
         usable = [s for s in self.scores if "zero" not in broken_rules(s, n_layers)]
@@ -456,15 +549,76 @@ class _Scorer:
         yield from self._measure_bypass([s for s in usable if s.bypass is None])
         yield from self._measure_kl([s for s in usable if s.kl is None])
 
-    def _measure_kl_until_two_pass(self) -> Iterator[Progress]:
-        ranked = sorted(
-            (s for s in self.scores if s.bypass is not None and not math.isnan(s.bypass)),
-            key=lambda s: (s.bypass, s.pos, s.layer),
-        )
+    def score_by_cosine(
+        self, kept: Mapping[tuple[str, str], Float[Tensor, "prompt pos layer d_model"]], complete: bool
+    ) -> Iterator[Progress]:
+        """COSMIC's two cosines of every candidate, from what the untouched model reads, and kl as far as it is needed."""
+        n_layers = self._model.n_layers
+        low = least_alike(kept["train", "harmful"][:, -1], kept["train", "harmless"][:, -1])
+        toward = {cls: kept["val", cls][:, -1, low].double().mean((0, 1)) for cls in ("harmful", "harmless")}
+        cells = [s for s in self.scores if "zero" not in broken_rules(s, n_layers)]
+        yield from self._measure_refuse(cells, low, toward["harmful"])
+        yield from self._measure_comply([s for s in self.scores if s.refuse is not None], low, toward["harmless"])
+        self._discard_late()
+        left = [s for s in self.scores if not broken_rules(s, n_layers)]
+        if not complete:
+            yield from self._measure_kl_until_two_pass(sorted(left, key=_by_similarity), choose_cosmic)
+            choice = choose_cosmic(self.scores, n_layers)
+            if choice.chosen is not None and choice.relaxed is None:
+                return
+        yield from self._measure_kl([s for s in self.scores if s.similarity is not None and s.kl is None])
+
+    def _discard_late(self) -> None:
+        """Candidates at −1 above the median peak of the other positions', in both scores."""
+        others = {s.pos for s in self.scores if s.pos != -1 and s.similarity is not None}
+        limits = []
+        for name in ("refuse", "comply") if others else ():
+            rows = [[s for s in self.scores if s.pos == pos and s.similarity is not None] for pos in others]
+            peaks = sorted(max(row, key=lambda s: (_number(getattr(s, name)), -s.layer)).layer for row in rows)
+            limits.append(peaks[(len(peaks) - 1) // 2])
+        for score in self.scores:
+            if limits and score.pos == -1 and score.similarity is not None and score.layer > max(limits):
+                self._set(score, decided="late")
+
+    def _measure_kl_until_two_pass(
+        self, ranked: Sequence[CandidateScore], choose: Callable[[Sequence[CandidateScore], int], Choice]
+    ) -> Iterator[Progress]:
         for score in ranked:
             yield from self._measure_kl([score])
             if choose(self.scores, self._model.n_layers).runner_up is not None:
                 return
+
+    def _measure_refuse(self, cells: Sequence[CandidateScore], low: list[int], toward: Tensor) -> Iterator[Progress]:
+        """As `_measure_induce` does; a layer of `low` that an addition does not reach stays as it is."""
+        sums, done = {cell: torch.zeros_like(toward) for cell in cells}, 0
+        for batch in self._harmless if cells else []:
+            base = self._model.run(batch, read=slice(None))
+            assert base.resid_pre is not None
+            self._base[batch] = base.logits
+            for layer in range(self._model.n_layers):
+                mine, later = [c for c in cells if c.layer == layer], [k for k in low if k > layer]
+                untouched = _wide(base.resid_pre[:, -1, [k for k in low if k <= layer]]).sum((0, 1))
+                for chunk in _chunks(mine, batch):
+                    for cell in chunk:
+                        sums[cell] += untouched
+                    if later:
+                        start = layer, base.resid_pre[:, :, layer].repeat(len(chunk), 1, 1)
+                        output = self._run(batch, chunk, "add", start=start, read=[-1], read_layers=later)
+                        _add_streams(sums, chunk, output)
+                done += len(batch.index) * len(mine)
+                yield Progress("scoring additions", done, len(cells) * _count(self._harmless))
+        for cell, total in sums.items():
+            self._set(cell, refuse=torch.cosine_similarity(total, toward, dim=0).item())
+
+    def _measure_comply(self, cells: Sequence[CandidateScore], low: list[int], toward: Tensor) -> Iterator[Progress]:
+        sums, done = {cell: torch.zeros_like(toward) for cell in cells}, 0
+        for batch in self._harmful:
+            for chunk in _chunks(cells, batch):
+                _add_streams(sums, chunk, self._run(batch, chunk, "ablate", read=[-1], read_layers=low))
+                done += len(chunk) * len(batch.index)
+                yield Progress("scoring ablations", done, len(cells) * _count(self._harmful))
+        for cell, total in sums.items():
+            self._set(cell, comply=torch.cosine_similarity(total, toward, dim=0).item())
 
     def _measure_induce(self, cells: Sequence[CandidateScore], *, decide: bool = False) -> Iterator[Progress]:
         """Additions at layer l restart from the cached `resid_pre[l]`: the blocks below are unchanged.
@@ -481,7 +635,7 @@ class _Scorer:
             for layer in range(self._model.n_layers):
                 for chunk in _chunks([c for c in open_cells if c.layer == layer], batch):
                     start = base.resid_pre[:, :, layer].repeat(len(chunk), 1, 1)
-                    logits = self._run(batch, chunk, "add", start=(layer, start))
+                    logits = self._run(batch, chunk, "add", start=(layer, start)).logits
                     _accumulate(totals, chunk, refusal_score(logits, self._tokens))
                 done += len(batch.index) * sum(c.layer == layer for c in cells)
                 yield Progress("scoring additions", done, len(cells) * n)
@@ -497,7 +651,7 @@ class _Scorer:
         totals, done = dict.fromkeys(cells, 0.0), 0
         for batch in self._harmful:
             for chunk in _chunks(cells, batch):
-                logits = self._run(batch, chunk, "ablate")
+                logits = self._run(batch, chunk, "ablate").logits
                 _accumulate(totals, chunk, refusal_score(logits, self._tokens))
                 done += len(chunk) * len(batch.index)
                 yield Progress("scoring ablations", done, len(cells) * _count(self._harmful))
@@ -508,27 +662,30 @@ class _Scorer:
         totals, done = dict.fromkeys(cells, 0.0), 0
         for batch in self._harmless:
             for chunk in _chunks(cells, batch):
-                logits = self._run(batch, chunk, "ablate")
+                logits = self._run(batch, chunk, "ablate").logits
                 _accumulate(totals, chunk, kl_divergence(self._base[batch].repeat(len(chunk), 1), logits))
                 done += len(chunk) * len(batch.index)
                 yield Progress("scoring damage", done, len(cells) * _count(self._harmless))
         for cell, total in totals.items():
             self._set(cell, kl=total / _count(self._harmless))
 
-    def _run(
-        self,
-        batch: Batch,
-        cells: Sequence[CandidateScore],
-        kind: Kind,
-        start: tuple[int, Tensor] | None = None,
-    ) -> Float[Tensor, "row d_vocab"]:
-        """The prompts of `batch` once per cell, a row each with its own direction."""
+    def _run(self, batch: Batch, cells: Sequence[CandidateScore], kind: Kind, **what: Any) -> Output:
+        """The prompts of `batch` once per cell, a row each with its own direction; `what` is as in `ChatModel.run`."""
         edits = [(Intervention(self.direction(cell), kind),) for cell in cells]
         rows = [edit for edit in edits for _ in batch.index]
-        return self._model.run(batch.repeat(len(cells)), rows, start=start).logits
+        return self._model.run(batch.repeat(len(cells)), rows, **what)
 
     def _set(self, cell: CandidateScore, **measured: Any) -> None:
         self._table[cell.pos, cell.layer] = replace(self._table[cell.pos, cell.layer], **measured)
+
+
+def least_alike(
+    harmful: Float[Tensor, "harmful layer d_model"], harmless: Float[Tensor, "harmless layer d_model"]
+) -> list[int]:
+    """L_low: the tenth of the layers, at least one, whose means are least alike; never the first one's input."""
+    alike = torch.cosine_similarity(harmful.double().mean(0), harmless.double().mean(0), dim=-1)[1:]
+    n = max(1, int(LOW_SHARE * harmful.shape[1]))
+    return sorted((alike.nan_to_num(2.0).argsort(stable=True)[:n] + 1).tolist())
 
 
 def is_decided(total: float, left: int) -> bool:
@@ -543,6 +700,23 @@ def _chunks(cells: Sequence[CandidateScore], batch: Batch) -> Iterator[Sequence[
     """As many candidates at a time as fit into a forward step together with the prompts of `batch`."""
     size = max(1, BATCH_TOKENS // batch.ids.numel())
     return (cells[i : i + size] for i in range(0, len(cells), size))
+
+
+def _number(score: float) -> float:
+    """What is not a number is the lowest."""
+    return -math.inf if math.isnan(score) else score
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float64 on the CPU: MPS does not have it."""
+    return x.float().cpu().double()
+
+
+def _add_streams(sums: dict[CandidateScore, Tensor], cells: Sequence[CandidateScore], output: Output) -> None:
+    """Adds what each cell's prompts read, over all prompts and layers read."""
+    assert output.resid_pre is not None
+    for cell, read in zip(cells, _wide(output.resid_pre[:, -1]).chunk(len(cells)), strict=True):
+        sums[cell] += read.sum((0, 1))
 
 
 def _accumulate(totals: dict[CandidateScore, float], cells: Sequence[CandidateScore], scores: Tensor) -> None:

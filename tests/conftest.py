@@ -64,9 +64,9 @@ def direction(found: Found) -> Direction:
 class Plain:
     """An independent oracle: the checkpoint in plain transformers, one prompt at a time, hooks written out by hand."""
 
-    def __init__(self) -> None:
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(ORGANISM)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(ORGANISM, dtype=torch.float32).eval()
+    def __init__(self, folder: Path = ORGANISM) -> None:
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.layers = self.model.model.layers
 
     def ids(self, text: str) -> torch.Tensor:
@@ -80,16 +80,20 @@ class Plain:
         states = self.model(self.ids(text), output_hidden_states=True).hidden_states
         return torch.cat(states[: len(self.layers)])
 
-    @torch.no_grad()
-    def logits(
+    def logits(self, texts: Sequence[str], **edits) -> torch.Tensor:
+        """Of each text's last position, with `edits` as in `edited`."""
+        with torch.no_grad(), self.edited(**edits):
+            return torch.cat([self.model(self.ids(text)).logits[:, -1] for text in texts])
+
+    @contextlib.contextmanager
+    def edited(
         self,
-        texts: Sequence[str],
         ablate: torch.Tensor | None = None,
         add: tuple[int, torch.Tensor] | None = None,
         scale: float = 1.0,
         only: Sequence[str] | None = None,
-    ) -> torch.Tensor:
-        """Of each text's last position; an ablation acts at every write, or `only` at these writers."""
+    ) -> Iterator[None]:
+        """An ablation acts at every write, or `only` at these writers; an addition at its layer's input."""
         handles = []
         if ablate is not None:
             unit = ablate / ablate.norm()
@@ -111,7 +115,7 @@ class Plain:
 
             handles.append(self.layers[layer].register_forward_pre_hook(plus, with_kwargs=True))
         try:
-            return torch.cat([self.model(self.ids(text)).logits[:, -1] for text in texts])
+            yield
         finally:
             for handle in handles:
                 handle.remove()

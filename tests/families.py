@@ -60,7 +60,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen 3.5 (hybrid)": (
         "qwen3_5_text",
         {
-            "head_dim": 8, "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+            "head_dim": 8, "num_hidden_layers": 4, "initializer_range": 0.1, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
             "linear_key_head_dim": 8, "linear_value_head_dim": 8,
         },
     ),
@@ -68,15 +68,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 """By name: the type of the config, and what is not as in `COMMON`."""
 
-NOT_SUPPORTED = ("Qwen 3.5 (hybrid)", "Gemma 4, text")
-"""Families that are refused on loading: a write to their stream cannot be hooked, so ablation would be incomplete."""
+NOT_SUPPORTED = {"Gemma 4, text": "each block scales the whole stream"}
+"""Families that are refused on loading, and why: what a part writes is not what it adds to the stream that is read."""
 
-HEADS_UNKNOWN = ("Gemma 2", "Gemma 3, text", "OLMo 2", "OLMo 3", "GLM 4")
-"""A norm stands behind their attention: what is written depends on all heads together."""
+NORM, HYBRID = "a norm stands behind them", "linear layers have other heads"
+HEADS_UNKNOWN = dict.fromkeys(("Gemma 2", "Gemma 3, text", "OLMo 2", "OLMo 3", "GLM 4"), NORM) | {
+    "Qwen 3.5 (hybrid)": HYBRID
+}
+"""Why heads are not told apart: behind a norm what is written depends on all of them together."""
 
 
-def build(name: str, folder: Path, seed: int = 0) -> Path:
-    """A random checkpoint of the family in `folder`, with a tokenizer and its chat template."""
+def build(name: str, folder: Path, seed: int = 0, **other: Any) -> Path:
+    """A random checkpoint of the family in `folder`, with a tokenizer and its chat template; `other` is for its config."""
     kind, special = FAMILIES[name]
     tokenizer = AutoTokenizer.from_pretrained(ORGANISM)
     tokens = {
@@ -85,7 +88,7 @@ def build(name: str, folder: Path, seed: int = 0) -> Path:
         "pad_token_id": tokenizer.pad_token_id,
     }
     config = transformers.CONFIG_MAPPING[kind](
-        **((COMMON if kind != "gpt2" else {}) | tokens | {"bos_token_id": None} | special)
+        **((COMMON if kind != "gpt2" else {}) | tokens | {"bos_token_id": None} | special | other)
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -102,9 +105,9 @@ def table() -> str:
     lines = ["| family | exact | heads told apart |", "|---|---|---|"]
     for name in FAMILIES:
         if name in NOT_SUPPORTED:
-            lines.append(f"| {name} | refused on loading | |")
+            lines.append(f"| {name} | refused on loading: {NOT_SUPPORTED[name]} | |")
         else:
-            lines.append(f"| {name} | yes | {'no: a norm stands behind them' if name in HEADS_UNKNOWN else 'yes'} |")
+            lines.append(f"| {name} | yes | {f'no: {HEADS_UNKNOWN[name]}' if name in HEADS_UNKNOWN else 'yes'} |")
     return "\n".join(lines)
 
 

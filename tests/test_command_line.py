@@ -42,6 +42,15 @@ def test_find_says_what_it_chose_and_finds_it_again_at_once(lists, tmp_path, cap
     assert said["margin"] == found.choice.margin and len(said["refusal_texts"]) == len(found.refusal_tokens)
 
 
+def test_find_by_cosmic_says_so_in_the_table_and_in_the_direction(lists, tmp_path, capsys):
+    assert main(["find", *lists, "--by", "cosmic", "--no-cache", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("pos layer     ‖r‖  refuse  comply      kl  rule")
+    assert "chosen by COSMIC, as asked for" in printed and "prompts, none left out" in printed
+    source = Direction.load(tmp_path / "direction.safetensors").source
+    assert source.chosen_by == "COSMIC, as asked for" and f"chosen: position {source.position}" in printed
+
+
 def test_evaluate_and_export_put_one_json_document_on_stdout(found: Found, tmp_path, capsys):
     save_found(found, tmp_path / "found")
     given = ["--direction", str(tmp_path / "found" / "direction.safetensors"), "--device", "cpu", "--json"]

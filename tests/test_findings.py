@@ -34,6 +34,19 @@ def test_the_funnel_counts_every_candidate_once(found: Found):
     assert as_json(found)["funnel"] == counts and counts["layer"] and counts["zero"] and counts["induce"]
 
 
+def test_what_cosmic_chose_is_read_back_as_cosmics_choice_and_is_a_search_of_its_own(model: ChatModel, tmp_path):
+    train, val = load_prompts("train").draw(4), load_prompts("val").draw(2)
+    *_, by_cosine = find_or_recall(model, train, val, by="cosmic")
+    assert isinstance(by_cosine, Found)
+    save_found(by_cosine, tmp_path)
+    assert same(load_found(tmp_path), by_cosine)
+    assert as_json(by_cosine)["source"]["chosen_by"] == "COSMIC, as asked for"
+    (again,) = find_or_recall(model, train, val, by="cosmic")
+    assert isinstance(again, Found) and again.direction.source.chosen_by
+    *_, by_rule = find_or_recall(model, train, val, by="rule", refusal_tokens=by_cosine.refusal_tokens)
+    assert isinstance(by_rule, Found) and not by_rule.direction.source.chosen_by
+
+
 @pytest.fixture
 def searches(found: Found, tmp_path, monkeypatch):
     """Counts the searches that are made, each of which gives `found` at once."""

@@ -7,9 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import Plain
+from families import build
 from sklearn.metrics import roc_auc_score
 
 from refusal_core.chat_model import ChatModel
+from refusal_core.interventions import Intervention
+from refusal_core.metrics import refusal_probability
 from refusal_core.prompts import PromptError, PromptSet, load_prompts
 from refusal_core.selection import (
     CandidateScore,
@@ -17,10 +20,12 @@ from refusal_core.selection import (
     Progress,
     choose,
     choose_contrast,
+    choose_cosmic,
     derive_refusal_tokens,
     find_contrast,
     find_direction,
     is_decided,
+    least_alike,
     refusal_token,
 )
 
@@ -260,3 +265,160 @@ def test_a_refusal_token_is_exactly_one_token(model: ChatModel, found: Found):
     ):
         with pytest.raises(PromptError, match=says):
             refusal_token(model, text)
+
+
+# -- COSMIC ----------------------------------------------------------------------------------------------------------
+
+
+def part(prompts: PromptSet, n: int, start: int = 0) -> PromptSet:
+    return PromptSet(prompts.harmful[start : start + n], prompts.harmless[start : start + n], source="embedded")
+
+
+@pytest.fixture(scope="module")
+def by_cosine(model: ChatModel) -> Found:
+    train, val = part(load_prompts("train"), 24), part(load_prompts("val"), 6)
+    *_, last = find_direction(model, train, val, by="cosmic")
+    assert isinstance(last, Found)
+    return last
+
+
+def test_what_cosmic_chooses_removes_refusal_from_prompts_it_has_not_seen(model: ChatModel, by_cosine: Found):
+    source, chosen = by_cosine.direction.source, by_cosine.choice.chosen
+    assert source.chosen_by == "COSMIC, as asked for" and chosen is not None and by_cosine.choice.relaxed is None
+    assert chosen.bypass is chosen.induce is None and chosen.kl is not None, "it has looked at no refusal token"
+    assert by_cosine.counts == {key: (n, n) for key, (_, n) in by_cosine.counts.items()}, "nothing is filtered"
+    texts = load_prompts("test").harmful[:12]
+    plain, ablated = (
+        refusal_probability(model.logits(texts, [row] * 12), by_cosine.refusal_tokens)
+        for row in (None, Intervention(by_cosine.direction, "ablate"))
+    )
+    assert plain.mean() > 0.8 and ablated.mean() < 0.1
+    other = by_cosine.candidate(-2, 3).source
+    assert other.chosen_by == "" and by_cosine.candidate(chosen.pos, chosen.layer).source == source
+
+
+def test_cosmic_chooses_what_an_independent_brute_force_chooses(tmp_path):
+    """The whole of it once more in plain transformers, prompt by prompt, on a model with two layers in L_low."""
+    folder = build("Llama", tmp_path, num_hidden_layers=20)
+    model, plain = ChatModel.load(folder, device="cpu", dtype=torch.float32), Plain(folder)
+    train, val = part(load_prompts("train"), 2), part(load_prompts("val"), 2)
+    val = PromptSet(val.harmful, val.harmless[:1], source="embedded")
+    *_, found = find_direction(model, train, val, by="cosmic", complete=True)
+    *_, lazy = find_direction(model, train, val, by="cosmic")
+    assert isinstance(found, Found) and isinstance(lazy, Found)
+    n, n_layers = model.template_positions, len(plain.layers)
+
+    def streams(texts: tuple[str, ...], **edits) -> torch.Tensor:
+        with plain.edited(**edits):
+            return torch.stack([plain.resid_pre(t)[:, -n:].double() for t in texts])  # prompt, layer, pos, d_model
+
+    def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+        return (a @ b / a.norm() / b.norm()).item()
+
+    x = [streams(texts).mean(0) for texts in (train.harmful, train.harmless)]
+    alike = {layer: cosine(x[0][layer, -1], x[1][layer, -1]) for layer in range(1, n_layers)}
+    low = sorted(sorted(alike, key=lambda layer: alike[layer])[:2])
+    toward = [streams(texts)[:, low, -1].mean((0, 1)) for texts in (val.harmful, val.harmless)]
+    base = plain.logits(val.harmless).double().softmax(-1)
+    table: dict[tuple[int, int], tuple[float, float, float]] = {}
+    for pos in range(-n, 0):
+        for layer in range(n_layers):
+            r = (x[0] - x[1])[layer, pos].float()
+            if r.norm() < 1e-6:
+                continue
+            refuse = cosine(streams(val.harmless, add=(layer, r))[:, low, -1].mean((0, 1)), toward[0])
+            comply = cosine(streams(val.harmful, ablate=r)[:, low, -1].mean((0, 1)), toward[1])
+            other = plain.logits(val.harmless, ablate=r).double().softmax(-1)
+            kl = (base * (torch.log(base + 1e-6) - torch.log(other + 1e-6))).sum(-1).mean().item()
+            table[pos, layer] = refuse, comply, kl
+    measured = {(s.pos, s.layer): (s.refuse, s.comply, s.kl) for s in found.scores if s.refuse is not None}
+    assert measured.keys() == table.keys()
+    for cell, expected in table.items():
+        assert measured[cell] == pytest.approx(expected, abs=2e-5), cell
+    limits = []
+    for score in (0, 1):
+        peaks = [max(range(1, n_layers), key=lambda k: table[p, k][score]) for p in range(-n, -1)]
+        limits.append(sorted(peaks)[(len(peaks) - 1) // 2])
+    late = {cell for cell in table if cell[0] == -1 and cell[1] > limits[0] and cell[1] > limits[1]}
+    assert late == {(s.pos, s.layer) for s in found.scores if s.decided == "late"}
+    left = [c for c, (_, _, kl) in table.items() if c[1] < 16 and kl <= 0.1 and c not in late]
+    best = max(left, key=lambda c: table[c][0] + table[c][1])
+    for each in (found, lazy):
+        chosen = each.choice.chosen
+        assert chosen is not None and each.choice.relaxed is None and (chosen.pos, chosen.layer) == best
+    assert any(s.kl is None and s.similarity is not None for s in lazy.scores)
+
+
+@pytest.mark.parametrize(
+    ("val", "why"),
+    [
+        ((8, 11, 14), "the unmodified model refuses no harmful prompt of the val split"),
+        ((60, 63, 66), "no candidate bypasses refusal, whichever rule is relaxed"),
+    ],
+)
+def test_where_the_rule_has_nothing_to_go_by_cosmic_chooses_and_says_why(model: ChatModel, val, why):
+    """Both classes are answered: the tokens that the first begins with more often are those of no refusal."""
+    answered = load_prompts("train").harmless
+    train, val = (
+        PromptSet(answered[i:j], answered[j:k], source="embedded") for i, j, k in ((0, 8, 16), val)
+    )  # fmt: skip
+    *_, found = find_direction(model, train, val)
+    assert isinstance(found, Found)
+    assert found.direction.source.chosen_by == f"COSMIC, because {why}"
+    assert found.counts["train", "harmful"] == (8, 8), "nothing is filtered"
+    if "unmodified" in why:
+        with pytest.raises(PromptError, match=r"refuses no harmful prompt.*or have COSMIC choose, which needs none\.$"):
+            list(find_direction(model, train, val, by="rule"))
+    else:
+        *_, bound = find_direction(model, train, val, by="rule")
+        assert isinstance(bound, Found) and not bound.choice.bypasses and not bound.direction.source.chosen_by
+
+
+def test_what_the_rule_finds_is_offered_unless_nothing_bypasses(found: Found):
+    assert found.choice.bypasses and found.direction.source.chosen_by == ""
+    assert choose([made(-1, 2, kl=0.3)], n_layers=10).bypasses
+    assert not choose([made(-1, 2, kl=0.3, bypass=0.5)], n_layers=10).bypasses
+    assert choose([made(-1, 2, bypass=0.5)], n_layers=10).bypasses, (
+        "a choice that passed every rule is not second-guessed"
+    )
+
+
+def test_cosmic_can_be_stopped(model: ChatModel):
+    stop, seen = threading.Event(), []
+    train, val = part(load_prompts("train"), 4), part(load_prompts("val"), 2)
+    for event in find_direction(model, train, val, by="cosmic", stop=stop):
+        seen.append(event)
+        if isinstance(event, Progress) and event.stage == "scoring ablations":
+            stop.set()
+    assert all(isinstance(event, Progress) for event in seen)
+    assert [event.stage for event in seen].count("scoring ablations") == 1
+
+
+def test_cosmic_takes_the_highest_sum_of_those_no_rule_discards():
+    def cell(pos: int, layer: int, similarity: float, kl: float | None = 0.01, **other) -> CandidateScore:
+        score = CandidateScore(pos, layer, None, None, kl, 1.0, refuse=similarity / 4, comply=3 * similarity / 4)
+        return replace(score, **other)
+
+    best, second = cell(-2, 3, 1.6), cell(-2, 2, 1.5)
+    bad = {
+        "kl": cell(-3, 3, 1.9, kl=0.2),
+        "layer": cell(-3, 8, 1.9),
+        "late": cell(-1, 7, 1.9, decided="late"),
+        "nan": cell(-4, 2, math.nan),
+    }
+    choice = choose_cosmic([*bad.values(), second, best, cell(-1, 3, 1.7, kl=None)], n_layers=10)
+    assert (choice.chosen, choice.runner_up, choice.relaxed) == (best, second, None)
+    assert choice.rejected == {score: rule for rule, score in bad.items()}
+    assert choice.margin == pytest.approx(0.1)
+    relaxed = choose_cosmic(list(bad.values()), n_layers=10)
+    assert (relaxed.chosen, relaxed.relaxed) == (bad["kl"], "kl")
+    assert choose_cosmic([bad["nan"]], n_layers=10).chosen is None
+
+
+def test_the_layers_least_alike_are_a_tenth_and_never_the_first_ones_input():
+    same, other = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    harmful = torch.stack([other, *[same] * 19])[None]
+    harmless = torch.stack([same] * 20)[None].clone()
+    harmless[0, 7], harmless[0, 4] = other, -same
+    assert least_alike(harmful, harmless) == [4, 7]
+    assert least_alike(harmful[:, :8], harmless[:, :8]) == [4]

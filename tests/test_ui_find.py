@@ -34,7 +34,8 @@ from refusal_core.chat_model import ModelError
 from refusal_core.directions import DirectionError
 from refusal_core.prompts import MAX_CHARACTERS, PromptError, load_prompts
 from refusal_core.selection import Progress
-from refusal_core.ui.engine import Engine, Engines, Ready
+from refusal_core.ui.bar import bar_view
+from refusal_core.ui.engine import Engine, Engines, Ready, filled
 from refusal_core.ui.find import MOST_SHOWN, asked_cell, find_view, rendered_view
 from refusal_core.ui.page import Handlers, Visit
 from refusal_core.ui.search import FEWEST, MOST, MOST_CHARACTERS, MOST_KEPT, Search, Searches, search
@@ -184,6 +185,24 @@ def test_a_contrast_is_measured_on_the_apps_prompts_and_refusals_keep_their_toke
     shown = find_view(contrast, ready.found)
     assert shown["contrast"] == "question − order" and "This is not a refusal direction" in shown["origin"]
     assert shown["unknown"] == 0 and [step["left"] for step in shown["funnel"]] == [50, 45, 35, 1]
+
+
+def test_the_page_says_that_cosmic_chose_and_why(ready, few):
+    by_cosine = found_from(ready, few, {"run": 3, "prompts": "app", "by": "cosmic"})
+    shown, bar = find_view(by_cosine, ready.found), bar_view(by_cosine)["direction"]
+    assert "Chosen by COSMIC, as asked for. COSMIC needs no refusal tokens" in shown["origin"] and shown["chosen_by"]
+    assert "as expected" not in shown["origin"] and "No prompt was left out" in shown["origin"]
+    assert bar["mark"] == "COSMIC" and not bar["passed"] and "Chosen by COSMIC, as asked for" in bar["rule"]
+    assert {score["name"] for score in bar["scores"]} == {"refuse", "comply", "KL"}
+    assert shown["funnel"][-1] == {"name": "with the highest refuse + comply", "left": 1}
+    assert any("at −1" in step["name"] for step in shown["funnel"])
+    at = next(cell for cell in shown["cells"] if [cell["position"], cell["layer"]] == shown["rule"])
+    assert at["refuse"] > 0 and at["comply"] > 0 and at["bypass"] is None
+    by_hand = bar_view(by_cosine.using((-2, 3)))["direction"]
+    assert by_hand["mark"] == "chosen by hand" and "COSMIC" not in by_hand["rule"]
+    *_, whole = filled(by_cosine, threading.Event())
+    assert isinstance(whole, Ready) and find_view(whole, ready.found)["unknown"] == 0
+    assert whole.found.choice.chosen is not None and whole.score == whole.found.choice.chosen
 
 
 def test_other_tokens_are_another_search_and_what_is_drawn_is_kept_apart(ready, few, engine, own):

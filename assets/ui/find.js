@@ -4,11 +4,14 @@ const MEANING = {
   bypass: 'Log-odds that replies to harmful prompts start like a refusal once the direction is removed: lower is stronger.',
   induce: 'Log-odds that replies to harmless prompts start like a refusal once it is added: above 0 it induces refusal.',
   kl: 'What removing it costs on harmless prompts: nats between the first tokens with and without it, at most 0.1.',
+  comply: 'Cosine, where the classes are least alike, of harmful prompts without the direction to harmless prompts: higher is stronger.',
+  refuse: 'Cosine, where the classes are least alike, of harmless prompts with the direction added to harmful prompts: higher is stronger.',
   auroc: 'Chance that a prompt of the first class lies further along the direction than one of the second; neither was it made from.',
   d_prime: 'How far the two classes lie apart along the direction, in standard deviations, on prompts it was not made from.',
 };
-const NAME = { bypass: 'bypass', induce: 'induce', kl: 'KL', auroc: 'AUROC', d_prime: 'd′' };
+const NAME = { bypass: 'bypass', induce: 'induce', kl: 'KL', comply: 'comply', refuse: 'refuse', auroc: 'AUROC', d_prime: 'd′' };
 const OF_REFUSAL = ['bypass', 'induce', 'kl'];
+const OF_COSMIC = ['comply', 'refuse', 'kl'];
 const OF_CONTRAST = ['auroc', 'd_prime'];
 const REACH = 12; // the log-odds at which the colour is full
 const KL_REACH = 0.3;
@@ -20,13 +23,13 @@ let filling = null; // how far the unknown cells are being measured
 
 function shown(name, value) {
   if (value === null) return 'not measured';
-  const text = name === 'kl' || name === 'auroc' ? value.toFixed(3) : `${value < 0 ? '' : '+'}${value.toFixed(name === 'norm' ? 2 : 1)}`;
+  const text = ['kl', 'auroc', 'comply', 'refuse'].includes(name) ? value.toFixed(3) : `${value < 0 ? '' : '+'}${value.toFixed(name === 'norm' ? 2 : 1)}`;
   return text.replace('-', '−');
 }
 
 function colour(value) {
-  if (measure === 'kl' || view.contrast) {
-    const reached = { kl: value / KL_REACH, auroc: 2 * value - 1, d_prime: value / D_PRIME_REACH }[measure];
+  if (!['bypass', 'induce'].includes(measure)) {
+    const reached = { kl: value / KL_REACH, auroc: 2 * value - 1, d_prime: value / D_PRIME_REACH, comply: value, refuse: value }[measure];
     const share = Math.min(1, Math.max(0, reached));
     return `color-mix(in oklab, color-mix(in oklab, #fde945 ${100 * share}%, #2a4a86) 42%, var(--ground))`;
   }
@@ -39,7 +42,8 @@ function is(cell, [position, layer]) {
 }
 
 function measures() {
-  return view.contrast ? OF_CONTRAST : OF_REFUSAL;
+  if (view.contrast) return OF_CONTRAST;
+  return view.chosen_by ? OF_COSMIC : OF_REFUSAL;
 }
 
 function said(cell) {
@@ -106,7 +110,7 @@ function drawDetail(cell) {
     row.append(make('dt', name), make('dd', value));
     return row;
   }));
-  find('[data-why]').textContent = cell.why || (is(cell, view.rule) ? `The rule’s choice: ${view.contrast ? 'the furthest apart' : 'the lowest bypass'} of those that are left.` : '');
+  find('[data-why]').textContent = cell.why || (is(cell, view.rule) ? `The rule’s choice: ${view.contrast ? 'the furthest apart' : view.chosen_by ? 'the highest refuse + comply' : 'the lowest bypass'} of those that are left.` : '');
 }
 
 function drawFunnel() {

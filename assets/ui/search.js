@@ -12,6 +12,7 @@ let isSearching = false;
 
 const chosen = (name) => find(`[name="${name}"]:checked`).value;
 const list = (which) => find(`[data-list="${which}"]`);
+const byCosine = () => chosen('by') === 'cosmic' && !isContrast();
 const isContrast = () => chosen('prompts') !== 'app' && chosen('kind') === 'contrast';
 
 function classNames() {
@@ -26,11 +27,16 @@ function drawForm() {
   find('[data-lists]').hidden = prompts !== 'lists';
   for (const node of [find('[data-file]'), find('[data-file-meaning]')]) node.hidden = prompts !== 'file';
   find('[data-names]').hidden = !isContrast();
-  find('[data-refusal-tokens]').hidden = isContrast();
+  find('[data-refusal-tokens]').hidden = isContrast() || byCosine();
+  find('[data-by]').hidden = isContrast();
+  find('[data-by-meaning]').textContent = byCosine()
+    ? 'No prompt is left out, and what replies begin with is not looked at: the candidate is taken with which harmless prompts come to resemble harmful ones most, and without which harmful prompts come to resemble harmless ones.'
+    : 'Where its refusal tokens say nothing, or nothing bypasses refusal, COSMIC chooses, and the page says so; tokens of your own are kept to.';
   find('[data-called="first"]').textContent = first;
   find('[data-called="second"]').textContent = second;
   find('[data-kind-meaning]').textContent = isContrast()
     ? `The direction is the mean of ${first} minus the mean of ${second}, whatever the model does with them: nothing is filtered, no refusal tokens are needed, and the place is where prompts held out lie furthest apart. Take any other cell afterwards. “Refused”, “starts like a refusal”, bypass, induce and KL mean nothing for it.`
+    : byCosine() ? 'The direction is the mean of the harmful prompts minus the mean of the harmless ones; who chooses the place is said below.'
     : 'Only prompts that the unmodified model treats as expected are kept: it refuses the harmful ones and answers the harmless ones. The paper’s rule chooses among the candidates.';
   find('[data-file-meaning]').textContent = `Each row has text and harmful (true${isContrast() ? `: ${first}` : ''}, or false${isContrast() ? `: ${second}` : ''}), or text and label (${first} or ${second}); a column split (train, val, test) is kept to.`;
   for (const which of ['first', 'second']) {
@@ -122,7 +128,8 @@ function startSearch() {
     second_name: find('[data-second-name]').value,
     file_name: own === 'file' && labelled ? labelled.name : '',
     file_text: own === 'file' && labelled ? labelled.text : '',
-    tokens: areEdited && !isContrast() ? tokens.map(({ id }) => id) : null,
+    by: byCosine() ? 'cosmic' : 'rule',
+    tokens: areEdited && !isContrast() && !byCosine() ? tokens.map(({ id }) => id) : null,
   };
   const size = sent.first.length + sent.second.length + sent.file_text.length;
   if (size > MOST_CHARACTERS) {

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 from refusal_core.chat_model import THINKING, ChatModel
 from refusal_core.directions import Source
-from refusal_core.selection import KL_LIMIT, LAYER_SHARE, CandidateScore, Choice, Found, Progress, Rule
+from refusal_core.selection import COSMIC, KL_LIMIT, LAYER_SHARE, CandidateScore, Choice, Found, Progress, Rule
 from refusal_core.ui.engine import Failed, Ready, Status
 
 BROKEN: dict[Rule, str] = {
     "layer": f"it lies in the last {1 - LAYER_SHARE:.0%} of the layers",
+    "late": "it is read at the last token, above the layers where other positions score highest",
     "kl": f"removing it costs more than {KL_LIMIT} nats on harmless prompts",
     "induce": "adding it does not make harmless prompts refused",
     "nan": "a score is not a number",
@@ -81,11 +82,15 @@ def _direction_view(ready: Ready) -> dict:
         if not by_rule
         else "rule relaxed"
         if found.choice.relaxed
+        else COSMIC
+        if source.chosen_by
         else "passed every rule",
-        "passed": by_rule and found.choice.relaxed is None and not contrast,
+        "passed": by_rule and found.choice.relaxed is None and not contrast and not source.chosen_by,
         "own": bool(ready.own),
         "meaning": _meaning(ready) if contrast else "",
-        "rule": (_rule(found.choice) if not contrast else BY_SEPARATION) if by_rule else _by_hand(ready),
+        "rule": (_rule(found.choice, source.chosen_by) if not contrast else BY_SEPARATION)
+        if by_rule
+        else _by_hand(ready),
         "scores": _scores(score) if score else [],
         "prompts": _prompts(source),
         "refusal_tokens": tokens_view(ready.model, found),
@@ -97,6 +102,8 @@ def _prompts(source: Source) -> str:
         return "prompts that the file does not name"
     if source.contrast:
         return f"{source.n_harmful} and {source.n_harmless} prompts of its two classes"
+    if source.chosen_by:
+        return f"{source.n_harmful} harmful and {source.n_harmless} harmless prompts, whatever the model does with them"
     return f"{source.n_harmful} harmful and {source.n_harmless} harmless prompts that the untouched model treats as expected"
 
 
@@ -107,6 +114,11 @@ def tokens_view(model: ChatModel, found: Found) -> list[dict]:
         for token, share in zip(found.refusal_tokens, found.refusal_shares, strict=True)
     ]
 
+
+BY_COSINE = (
+    "COSMIC needs no refusal tokens: in the layers where harmful and harmless prompts are least alike, prompts without the "
+    "direction come to resemble harmless ones most, and prompts with it harmful ones."
+)
 
 BY_SEPARATION = (
     "No refusal direction: the cell is the one at which prompts of its two classes that it was not made from lie furthest "
@@ -129,9 +141,12 @@ def _meaning(ready: Ready) -> str:
     )
 
 
-def _rule(choice: Choice) -> str:
+def _rule(choice: Choice, chosen_by: str) -> str:
     if choice.relaxed is not None:
-        return f"No candidate passed every rule. This one comes nearest, but {BROKEN[choice.relaxed]}."
+        by = f" of {chosen_by}" if chosen_by else ""
+        return f"No candidate passed every rule{by}. This one comes nearest, but {BROKEN[choice.relaxed]}."
+    if chosen_by:
+        return f"Chosen by {chosen_by}. {BY_COSINE}"
     margin = f", {choice.margin:.2f} below the runner-up" if choice.margin is not None else ""
     return (
         f"Lowest bypass score{margin}, of the candidates in the first {LAYER_SHARE:.0%} of the layers that induce "
@@ -162,6 +177,8 @@ def _scores(chosen: CandidateScore) -> list[dict]:
             "chance that a held-out prompt of the first class lies further along than one of the second",
         ),
         ("d′", chosen.d_prime, "distance of the two means in standard deviations, held-out prompts"),
+        ("refuse", chosen.refuse, "cosine of harmless prompts with the direction added to harmful ones (COSMIC)"),
+        ("comply", chosen.comply, "cosine of harmful prompts without the direction to harmless ones (COSMIC)"),
         ("bypass", chosen.bypass, "log-odds of starting like a refusal, harmful prompts, direction removed"),
         ("induce", chosen.induce, "log-odds of starting like a refusal, harmless prompts, direction added"),
         ("KL", chosen.kl, "nats between the untouched model and the model without it, harmless prompts"),

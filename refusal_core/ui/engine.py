@@ -315,7 +315,13 @@ def filled(ready: Ready, stop: threading.Event) -> Iterator[Progress | Ready]:
     """The same with every candidate measured, after progress; ends early when `stop` is set."""
     found = ready.found
     search = find_or_recall(
-        ready.model, found.prompts, found.validation, refusal_tokens=found.refusal_tokens, complete=True, stop=stop
+        ready.model,
+        found.prompts,
+        found.validation,
+        by="cosmic" if found.direction.source.chosen_by else "rule",
+        refusal_tokens=found.refusal_tokens,
+        complete=True,
+        stop=stop,
     )
     for news in search:
         if isinstance(news, Found):
@@ -327,7 +333,8 @@ def filled(ready: Ready, stop: threading.Event) -> Iterator[Progress | Ready]:
 def is_known(score: CandidateScore) -> bool:
     """Whether everything that can be measured of a candidate has been."""
     is_zero = score.norm is not None and score.norm < ZERO_NORM
-    return is_zero or score.auroc is not None or None not in (score.bypass, score.induce, score.kl)
+    has_cosines = score.similarity is not None and score.kl is not None
+    return is_zero or score.auroc is not None or has_cosines or None not in (score.bypass, score.induce, score.kl)
 
 
 def _make_room(cache: dict) -> None:

@@ -4,7 +4,7 @@ from refusal_core.activations import template_prefix
 from refusal_core.directions import DirectionError
 from refusal_core.prompts import CLASSES, PromptError
 from refusal_core.selection import KL_LIMIT, LAYER_SHARE, CandidateScore, Found, Rule, broken_rules
-from refusal_core.ui.bar import BROKEN, tokens_view
+from refusal_core.ui.bar import BROKEN, BY_COSINE, tokens_view
 from refusal_core.ui.engine import Cell, Ready, is_known
 from refusal_core.ui.talk import MAX_CHARACTERS
 
@@ -32,6 +32,7 @@ def find_view(ready: Ready, model_found: Found, error: str = "") -> dict:
         "error": error,
         "model": model.name,
         "contrast": rule.contrast,
+        "chosen_by": rule.chosen_by,
         "layers": model.n_layers,
         "positions": [
             {"position": p, "token": model.template_tokens[p]} for p in sorted({s.pos for s in found.scores})
@@ -56,6 +57,8 @@ def _cell(ready: Ready, score: CandidateScore) -> dict:
         "bypass": score.bypass,
         "induce": score.induce,
         "kl": score.kl,
+        "refuse": score.refuse,
+        "comply": score.comply,
         "auroc": score.auroc,
         "d_prime": _finite(score.d_prime),
         "norm": score.norm,
@@ -91,6 +94,13 @@ def _origin(ready: Ready) -> str:
         )
     aside = f" {ready.set_aside} prompts are set aside for Measure." if ready.set_aside else ""
     drawn = " The split is a seeded draw: the same lists give the same split." if ready.own else ""
+    if found.direction.source.chosen_by:
+        no_tokens = (
+            "" if found.refusal_tokens else " “Starts like a refusal” reads 0 without refusal tokens: add one below."
+        )
+        return f"{head}. Chosen by {found.direction.source.chosen_by}. {BY_COSINE} No prompt was left out.{no_tokens}{aside}{drawn}"
+    if found.choice.relaxed:
+        aside += " No candidate passed every rule: below, COSMIC can choose instead, without refusal tokens."
     return f"{head}, those that the unmodified model treats as expected.{aside}{drawn}"
 
 
@@ -105,13 +115,16 @@ def _funnel(ready: Ready) -> list[dict]:
         (("induce",), "that make harmless prompts refused when added"),
         (("kl",), f"that cost at most {KL_LIMIT} nats when removed"),
     )
-    is_contrast = bool(ready.found.direction.source.contrast)
+    is_contrast, by_cosine = (bool(getattr(ready.found.direction.source, name)) for name in ("contrast", "chosen_by"))
+    if by_cosine:
+        names = (*names[:2], (("late",), "that are not at −1 above where other positions score highest"), names[3])
     for rules, name in names[:2] if is_contrast else names:
         left = [s for s in left if not set(rules) & set(broken_rules(s, n_layers))]
         unknown = sum(s.kl is None for s in left) if rules == ("kl",) else 0
         # A candidate that another one beats need not be measured; nothing is claimed about it.
         steps.append({"name": name + (f" ({unknown} of them not measured)" if unknown else ""), "left": len(left)})
-    last = "with the lowest bypass: the rule’s choice" if relaxed is None else "that needs the rules relaxed least"
+    last = "with the lowest bypass: the rule’s choice" if not by_cosine else "with the highest refuse + comply"
+    last = last if relaxed is None else "that needs the rules relaxed least"
     return [*steps, {"name": "that separates best: the default" if is_contrast else last, "left": 1}]
 
 

@@ -21,7 +21,7 @@ from refusal_core.prompts import (
     parse_file,
     parse_lists,
 )
-from refusal_core.selection import Found, Progress, find_contrast, find_direction
+from refusal_core.selection import By, Found, Progress, find_contrast, find_direction
 from refusal_core.ui.engine import Ready, filled
 from refusal_core.ui.talk import Stops
 
@@ -38,7 +38,7 @@ MOST_KEPT = 4
 class Search:
     """What a visitor wants found. Without `prompts` those of the app; `tokens` are None for those that these give.
 
-    `n_given` counts the prompts before those that are there twice were left out.
+    `by` is who chooses, as in `find_direction`. `n_given` counts the prompts before those that are there twice were left out.
     """
 
     run: int
@@ -47,6 +47,7 @@ class Search:
     tokens: tuple[int, ...] | None = None
     name: str = "the app’s prompts"
     n_given: int = 0
+    by: By | None = None
 
     @classmethod
     def read(cls, sent: Mapping[str, object], model: ChatModel) -> "Search":
@@ -68,7 +69,8 @@ class Search:
         for prompt in prompts:
             _check_length(prompt, model)
         tokens = _tokens(sent.get("tokens"), model) if classes == CLASSES else None
-        return cls(run, tuple(prompts), classes, tokens, name, len(given))
+        by = "cosmic" if sent.get("by") == "cosmic" else None
+        return cls(run, tuple(prompts), classes, tokens, name, len(given), by)
 
 
 def _classes(sent: Mapping[str, object]) -> tuple[str, str]:
@@ -139,7 +141,7 @@ def search(ready: Ready, wish: Search, source: str | Path, stop: threading.Event
     parts = _parts(wish, source)
     train, val = parts["train"], parts["val"]
     if wish.classes == CLASSES:
-        news = find_direction(ready.model, train, val, refusal_tokens=wish.tokens, stop=stop)
+        news = find_direction(ready.model, train, val, by=wish.by, refusal_tokens=wish.tokens, stop=stop)
     else:
         news = find_contrast(ready.model, train, val, stop=stop)
     for found in news:
