@@ -27,8 +27,9 @@ from refusal_core.evaluation import Report, evaluate, paper_rows
 from refusal_core.findings import CACHE_VARIABLE, as_json, find_or_recall, funnel, save_found
 from refusal_core.formats import load_direction
 from refusal_core.generation import MAX_NEW_TOKENS
+from refusal_core.hub import HARMFUL, NAMES
 from refusal_core.orthogonalize import export
-from refusal_core.prompts import PromptError, PromptSet, Split, load_prompts
+from refusal_core.prompts import PromptError, PromptSet, Split, load_prompts, pinned
 from refusal_core.selection import KL_LIMIT, LAYER_SHARE, CandidateScore, Found, Rule, find_direction
 from refusal_core.terminal import chat, followed
 
@@ -37,6 +38,8 @@ examples:
   python -m refusal_core find
   python -m refusal_core find Qwen/Qwen2.5-0.5B-Instruct --out qwen
   python -m refusal_core find ./my-model --harmful bad.txt --harmless good.txt --json > found.json
+  python -m refusal_core evaluate Qwen/Qwen2.5-0.5B-Instruct --prompts jailbreakbench
+  python -m refusal_core find --harmful 'hub:owner/name/data/train.csv#text&label=1' --harmless alpaca
   python -m refusal_core chat Qwen/Qwen2.5-0.5B-Instruct --direction qwen/direction.safetensors
   python -m refusal_core evaluate --n 20 --json | jq .rates
   python -m refusal_core export Qwen/Qwen2.5-0.5B-Instruct --out qwen-without
@@ -75,6 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("--harmful and --harmless go together: a direction is the difference of two classes")
         if not sys.stderr.isatty():
             huggingface_hub.utils.disable_progress_bars()
+        options.prompts = pinned(options.prompts)
+        if options.harmful is not None:
+            options.harmful, options.harmless = pinned(options.harmful), pinned(options.harmless)
         return RUN[options.command](options)
     except (ModelError, PromptError, DirectionError) as error:
         print(error, file=sys.stderr)
@@ -104,12 +110,17 @@ def _parser() -> argparse.ArgumentParser:
     lists = common.add_argument_group("prompts")
     lists.add_argument(
         "--prompts", default="embedded", metavar="FILE",
-        help=".jsonl, .json or .csv with the columns text and harmful; default: the embedded lists",
+        help=".jsonl, .json or .csv with the columns text and harmful, or a public list of the Hugging Face hub, which is "
+        f"then fetched: {', '.join(name for name in NAMES if name in HARMFUL)}; default: the embedded lists",
     )  # fmt: skip
     lists.add_argument(
         "--harmful", metavar="FILE", help="instead, one file for each class: .txt with a prompt per line,"
     )
-    lists.add_argument("--harmless", metavar="FILE", help="or .jsonl, .json or .csv with the column text")
+    lists.add_argument(
+        "--harmless", metavar="FILE",
+        help="or .jsonl, .json or .csv with the column text; or a public list (alpaca has harmless ones only), or any "
+        "other: hub:owner/name/file#column",
+    )  # fmt: skip
     lists.add_argument("--seed", type=int, default=0, help="draws the prompts; default: 0")
     common.add_argument("--no-cache", action="store_true", help="search anew, and keep nothing")
     given = argparse.ArgumentParser(add_help=False)
@@ -260,8 +271,9 @@ def _print_found(model: ChatModel, found: Found) -> None:
         print(f"{-counts[rule]:5} {why}")
     measured = sum(None not in (s.bypass, s.induce, s.kl) for s in found.scores if s not in choice.rejected)
     print(f"{counts['left']:5} left, of which {measured} had to be measured whole")
+    print(f"\nprompts: {found.prompts.source}")
     kept = ", ".join(f"{split} {cls} {k} of {n}" for (split, cls), (k, n) in found.counts.items())
-    print(f"\nprompts that the model treats as expected: {kept}")
+    print(f"prompts that the model treats as expected: {kept}")
     tokens = ", ".join(
         f"{model.tokenizer.decode([t])!r} {share:.0%}"
         for t, share in zip(found.refusal_tokens, found.refusal_shares, strict=True)

@@ -12,6 +12,8 @@ from huggingface_hub import constants
 from pyarrow import parquet
 
 from refusal_core import prompts
+from refusal_core.__main__ import main
+from refusal_core.directions import Direction
 from refusal_core.hub import HARMFUL, HARMLESS, NAMES, HubList, read_address
 from refusal_core.prompts import PromptError, is_public, load_prompts, pinned
 
@@ -35,22 +37,31 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-@pytest.fixture
-def public(hub: Hub, tmp_path) -> Hub:
-    """A hub with data sets of the names and columns of the public ones, and prompts of this test's own."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Data sets with the names and columns of the public ones, and prompts of this test's own."""
+    folder = tmp_path_factory.mktemp("public")
     n = {"jailbreakbench": 100, "advbench": 40, "harmbench": 20, "alpaca": 1200}
     for harmful, named in ((True, HARMFUL), (False, HARMLESS)):
         for name, parts in named.items():
             for part in parts:
-                folder = tmp_path / part.repo
                 rows = []
                 for i in range(n[name]):
                     row = {"Index": i, part.column: f"{name} {part.file} {'bad' if harmful else 'good'} {i}"}
                     row |= {part.category: f"category {i % 10}"} if part.category else {}
                     row |= {part.label: "" if i % 6 else "something to work on"} if part.label else {}
                     rows.append(row)
-                write(folder / part.file, rows)
-                hub.repos[f"datasets/{part.repo}"] = Repo({str(part.revision): folder}, gated=name == "harmbench")
+                write(folder / part.repo / part.file, rows)
+    return folder
+
+
+@pytest.fixture
+def public(hub: Hub, folder: Path) -> Hub:
+    for named in (HARMFUL, HARMLESS):
+        for name, parts in named.items():
+            for part in parts:
+                repo = Repo({str(part.revision): folder / part.repo}, gated=name == "harmbench")
+                hub.repos[f"datasets/{part.repo}"] = repo
     return hub
 
 
@@ -97,7 +108,9 @@ def test_nothing_is_asked_of_the_hub_until_a_public_list_is_named_and_nothing_on
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     public.close()
     assert len(load_prompts("train", "jailbreakbench").harmful) == 60
-    with pytest.raises(PromptError, match="the hub cannot be reached: connect, or take the embedded prompts, or a file"):
+    with pytest.raises(
+        PromptError, match="the hub cannot be reached: connect, or take the embedded prompts, or a file"
+    ):
         load_prompts("train", "advbench")
 
 
@@ -126,7 +139,13 @@ def test_an_address_is_read_as_it_was_written():
     assert read_address(odd.address) == odd and ", " not in odd.address and " (" not in odd.address
     plain = "hub:owner/name/data/file.csv#Goal"
     assert read_address(plain) == HubList("owner/name", "data/file.csv", "Goal")
-    for wrong in ("hub:name/file.csv#x", "hub:a/b/c.csv", "hub:a/b/../c.csv#x", "hub:a/b/%2E%2E/c.csv#x", "a/b/c.csv#x"):
+    for wrong in (
+        "hub:name/file.csv#x",
+        "hub:a/b/c.csv",
+        "hub:a/b/../c.csv#x",
+        "hub:a/b/%2E%2E/c.csv#x",
+        "a/b/c.csv#x",
+    ):
         assert read_address(wrong) is None
     assert all(len(str(p.revision)) == 40 for lists in (HARMFUL, HARMLESS) for parts in lists.values() for p in parts)
 
@@ -153,26 +172,51 @@ def test_an_address_is_read_as_it_was_written():
     ],
 )  # fmt: skip
 def test_what_cannot_be_had_is_one_sentence_with_the_remedy(public: Hub, tmp_path, source, says):
-    folder = tmp_path / "mine"
+    mine = tmp_path / "mine"
     rows = [
         {"text": "a", "kind": "old", "long": "b"},
         {"text": "c", "kind": "old", "long": "d" * 9000},
         {"text": " ", "kind": "odd", "long": "e"},
     ]
-    write(folder / "a.csv", rows)
-    write(folder / "in/p.parquet", rows)
-    (folder / "in/no.parquet").write_bytes(b"PAR1 and nothing else")
-    (folder / "latin.csv").write_bytes("text\nné".encode("latin-1"))
+    write(mine / "a.csv", rows)
+    write(mine / "in/p.parquet", rows)
+    (mine / "in/no.parquet").write_bytes(b"PAR1 and nothing else")
+    (mine / "latin.csv").write_bytes("text\nné".encode("latin-1"))
     for name in ("README.md", "huge.csv"):
-        (folder / name).write_text("text\na")
-    public.repos[MINE] = Repo({FIRST: folder}, sizes={"huge.csv": 5 * 10**9})
+        (mine / name).write_text("text\na")
+    public.repos[MINE] = Repo({FIRST: mine}, sizes={"huge.csv": 5 * 10**9})
     with pytest.raises(PromptError, match=says) as caught:
         load_prompts("train", source)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
 
 
-def test_columns_that_have_changed_are_said_with_those_there_are(public: Hub, tmp_path):
+def test_the_command_line_says_what_was_used_in_the_direction_and_in_the_report(hub: Hub, tmp_path, capsys):
+    train = load_prompts("train").draw(24)
+    rows = [
+        {"text": text, "bad": int(bad)} for bad, texts in ((1, train.harmful), (0, train.harmless)) for text in texts
+    ]
+    write(tmp_path / "mine" / "all.csv", rows)
+    hub.repos[MINE] = Repo({FIRST: tmp_path / "mine"})
+    given = [
+        *("--harmful", "hub:somebody/mine/all.csv#text&bad=1", "--harmless", "hub:somebody/mine/all.csv#text&bad=0"),
+        *("--device", "cpu"),
+    ]
+    used = ", ".join(f"hub:somebody/mine@{FIRST}/all.csv#text&bad={bad} (24)" for bad in (1, 0))
+    assert main(["find", *given, "--out", str(tmp_path / "out")]) == 0
+    assert f"\nprompts: {used}\n" in capsys.readouterr().out
+    source = Direction.load(tmp_path / "out" / "direction.safetensors").source
+    assert source.prompts == used and 2 < source.n_harmful <= 14
+    direction = ["--direction", str(tmp_path / "out" / "direction.safetensors")]
+    assert main(["evaluate", *given, *direction, "--json", "--max-new-tokens", "4"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["prompts"] == used and {rate["n"] for rate in report["rates"]} == {6}
+    assert main(["find", "--prompts", "harmbench", "--device", "cpu"]) == 1
+    assert capsys.readouterr().err.startswith("The hub has no public data set walledai/HarmBench")
+
+
+def test_columns_that_have_changed_are_said_with_those_there_are(hub: Hub, tmp_path):
     (part,) = HARMFUL["jailbreakbench"]
+    hub.repos[f"datasets/{part.repo}"] = Repo({str(part.revision): tmp_path / part.repo})
     write(tmp_path / part.repo / part.file, [{"Behavior": "a", "Text": "b"}])
     with pytest.raises(PromptError, match="there is no column 'Goal': take one of 'Behavior', 'Text'"):
         load_prompts("train", "jailbreakbench")
