@@ -94,10 +94,29 @@ def load_prompts(split: Split, source: str | Path = "embedded", harmless: str | 
         raise PromptError(f"There is no split {split!r}: take one of {', '.join(get_args(Split))}.")
     if harmless is None and not is_public(source):
         return in_split(distinct(_read(EMBEDDED if source == "embedded" else Path(source))), split, str(source))
-    classes = _both(source) if harmless is None else (source, harmless)
+    prompts, said = _read_both(*(_both(source) if harmless is None else (source, harmless)))
+    return in_split(prompts, split, said)
+
+
+def read_public(first: str, second: str = "") -> tuple[list[Prompt], str]:
+    """All prompts of two lists of the hub, or of both classes of the `first`, and what `PromptSet.source` says of them.
+
+    What is no name is an address, never a file of this machine, and may come without its `hub:`. Raises PromptError as
+    `load_prompts` does.
+    """
+    first, second = (
+        given if not given or is_public(given) else f"{hub.PREFIX}{given}" for given in (first.strip(), second.strip())
+    )
+    if not first:
+        raise PromptError(f"There is no list yet: write a name ({', '.join(hub.NAMES)}), or owner/name/file#column.")
+    return _read_both(*(first, second) if second else _both(first))
+
+
+def _read_both(harmful: str | Path, harmless: str | Path) -> tuple[list[Prompt], str]:
+    classes = harmful, harmless
     (bad, name, n_bad), (good, other, n_good) = (_read_class(s, h) for s, h in zip(classes, (True, False), strict=True))
     said = f"{name} ({n_bad} and {n_good})" if name == other else f"{_with(name, n_bad)}, {_with(other, n_good)}"
-    return in_split(distinct([*bad, *good]), split, said)
+    return distinct([*bad, *good]), said
 
 
 def is_public(source: str | Path) -> bool:
@@ -132,7 +151,7 @@ def _both(source: str | Path) -> tuple[str, str]:
     if len(more) == 1:
         return first, more[0]
     if first.startswith(hub.PREFIX):
-        raise PromptError(f"{first} is a list of one class: give one for each, --harmful and --harmless.")
+        raise PromptError(f"{first} is a list of one class: give one for each.")
     return first, first if first.partition("@")[0] in hub.HARMLESS else "alpaca"
 
 

@@ -24,11 +24,12 @@ function drawForm() {
   const [first, second] = classNames();
   find('[data-own]').hidden = prompts === 'app';
   find('[data-lists]').hidden = prompts !== 'lists';
+  find('[data-hub]').hidden = prompts !== 'hub';
   for (const node of [find('[data-file]'), find('[data-file-meaning]')]) node.hidden = prompts !== 'file';
   find('[data-names]').hidden = !isContrast();
   find('[data-refusal-tokens]').hidden = isContrast();
-  find('[data-called="first"]').textContent = first;
-  find('[data-called="second"]').textContent = second;
+  all('[data-called="first"]').forEach((node) => { node.textContent = first; });
+  all('[data-called="second"]').forEach((node) => { node.textContent = second; });
   find('[data-kind-meaning]').textContent = isContrast()
     ? `The direction is the mean of ${first} minus the mean of ${second}, whatever the model does with them: nothing is filtered, no refusal tokens are needed, and the place is where prompts held out lie furthest apart. Take any other cell afterwards. “Refused”, “starts like a refusal”, bypass, induce and KL mean nothing for it.`
     : 'Only prompts that the unmodified model treats as expected are kept: it refuses the harmful ones and answers the harmless ones. The paper’s rule chooses among the candidates.';
@@ -113,11 +114,12 @@ async function textOf(file) {
 
 function startSearch() {
   const own = chosen('prompts');
+  const written = (which) => ({ lists: list(which).value, hub: find(`[data-list-of="${which}"]`).value })[own] || '';
   const sent = {
     prompts: own,
     kind: isContrast() ? 'contrast' : 'refusal',
-    first: own === 'lists' ? list('first').value : '',
-    second: own === 'lists' ? list('second').value : '',
+    first: written('first'),
+    second: written('second'),
     first_name: find('[data-first-name]').value,
     second_name: find('[data-second-name]').value,
     file_name: own === 'file' && labelled ? labelled.name : '',
@@ -190,6 +192,7 @@ find('[data-reset-tokens]').addEventListener('click', () => {
   drawTokens();
   find('[data-token]').focus();
 });
+document.addEventListener('direction', ({ detail }) => { if (element.isConnected) find('[data-public]').hidden = !detail.isLocal; });
 document.addEventListener('search', ({ detail }) => { if (element.isConnected && detail) sought(detail); });
 document.addEventListener('token', ({ detail }) => {
   if (!element.isConnected || !detail) return;

@@ -81,7 +81,7 @@ def _origin(ready: Ready) -> str:
         ]
         return " and ".join(said)
 
-    public = f" ({found.prompts.source})" if is_public(found.prompts.source) else ""
+    public = f" ({found.prompts.source})" if not ready.own and is_public(found.prompts.source) else ""
     head = f"From {ready.own or 'the app’s prompts'}{public}: {many('train')} prompts to train on, {many('val')} to choose by"
     if found.direction.source.contrast:
         return (
