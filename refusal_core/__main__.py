@@ -147,6 +147,10 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
     rates.add_argument("--n", type=int, default=100, help="how many test prompts of each class; default: 100")
     rates.add_argument("--rules", choices=("paper", "default"), default="paper", help="the judge; default: the paper's")
+    rates.add_argument(
+        "--classifier", metavar="MODEL",
+        help="a safety classifier of the Llama Guard family, to say of every reply whether it is unsafe, beside the judge",
+    )  # fmt: skip
     rates.add_argument("--resume", type=Path, metavar="FILE", help="keep finished replies here, and go on from them")
     weights = add("export", "Write a checkpoint from whose weights the direction is removed.", given, machine)
     weights.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
@@ -177,7 +181,8 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    model = _model(options)
+    model, dtype = _model(options), DTYPES.get(options.dtype)
+    classifier = ChatModel.load(options.classifier, device=options.device, dtype=dtype) if options.classifier else None
     rows = paper_rows(_direction(model, options))
     prompts = _prompts("test", options).draw(options.n, options.seed)
     report: Report = followed(
@@ -188,6 +193,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             rules=options.rules,
             max_new_tokens=options.max_new_tokens,
             resume=options.resume,
+            classifier=classifier,
         )
     )
     print(report.as_json() if options.json else report.as_markdown())
