@@ -2,6 +2,7 @@
 
 Each module is a room, and may import only rooms above it:
 
+    hub             the Hugging Face hub: its public lists of prompts, files at one commit, what it says in one sentence
     prompts         harmful and harmless instructions, split into train, val and test
     metrics         refusal score, KL divergence, phrase judge, intervals
     directions      difference in means; the Direction value; save and load

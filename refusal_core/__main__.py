@@ -28,9 +28,10 @@ from refusal_core.evaluation import N_DAMAGE, Report, damage_curve, evaluate, pa
 from refusal_core.findings import CACHE_VARIABLE, as_json, find_or_recall, funnel, load_found, save_found
 from refusal_core.formats import load_direction
 from refusal_core.generation import MAX_NEW_TOKENS
+from refusal_core.hub import HARMFUL, NAMES
 from refusal_core.interventions import Kind
 from refusal_core.orthogonalize import NEEDS_MEAN, VARIANTS, export
-from refusal_core.prompts import PromptError, PromptSet, Split, load_prompts
+from refusal_core.prompts import PromptError, PromptSet, Split, load_prompts, pinned
 from refusal_core.selection import KL_LIMIT, LAYER_SHARE, By, CandidateScore, Found, Rule, find_direction
 from refusal_core.terminal import chat, followed
 
@@ -39,6 +40,8 @@ examples:
   python -m refusal_core find
   python -m refusal_core find Qwen/Qwen2.5-0.5B-Instruct --out qwen
   python -m refusal_core find ./my-model --harmful bad.txt --harmless good.txt --json > found.json
+  python -m refusal_core evaluate Qwen/Qwen2.5-0.5B-Instruct --prompts jailbreakbench
+  python -m refusal_core find --harmful 'hub:owner/name/data/train.csv#text&label=1' --harmless alpaca
   python -m refusal_core chat Qwen/Qwen2.5-0.5B-Instruct --direction qwen/direction.safetensors
   python -m refusal_core evaluate --n 20 --json | jq .rates
   python -m refusal_core evaluate --n 20 --strengths --exported toy-without
@@ -80,6 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("--harmful and --harmless go together: a direction is the difference of two classes")
         if not sys.stderr.isatty():
             huggingface_hub.utils.disable_progress_bars()
+        options.prompts = pinned(options.prompts)
+        if options.harmful is not None:
+            options.harmful, options.harmless = pinned(options.harmful), pinned(options.harmless)
         return RUN[options.command](options)
     except (ModelError, PromptError, DirectionError) as error:
         print(error, file=sys.stderr)
@@ -109,12 +115,17 @@ def _parser() -> argparse.ArgumentParser:
     lists = common.add_argument_group("prompts")
     lists.add_argument(
         "--prompts", default="embedded", metavar="FILE",
-        help=".jsonl, .json or .csv with the columns text and harmful; default: the embedded lists",
+        help=".jsonl, .json or .csv with the columns text and harmful, or a public list of the Hugging Face hub, which is "
+        f"then fetched: {', '.join(name for name in NAMES if name in HARMFUL)}; default: the embedded lists",
     )  # fmt: skip
     lists.add_argument(
         "--harmful", metavar="FILE", help="instead, one file for each class: .txt with a prompt per line,"
     )
-    lists.add_argument("--harmless", metavar="FILE", help="or .jsonl, .json or .csv with the column text")
+    lists.add_argument(
+        "--harmless", metavar="FILE",
+        help="or .jsonl, .json or .csv with the column text; or a public list (alpaca has harmless ones only), or any "
+        "other: hub:owner/name/file#column",
+    )  # fmt: skip
     lists.add_argument("--seed", type=int, default=0, help="draws the prompts; default: 0")
     common.add_argument("--no-cache", action="store_true", help="search anew, and keep nothing")
     given = argparse.ArgumentParser(add_help=False)
@@ -146,6 +157,10 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
     rates.add_argument("--n", type=int, default=100, help="how many test prompts of each class; default: 100")
     rates.add_argument("--rules", choices=("paper", "default"), default="paper", help="the judge; default: the paper's")
+    rates.add_argument(
+        "--classifier", metavar="MODEL",
+        help="a safety classifier of the Llama Guard family, to say of every reply whether it is unsafe, beside the judge",
+    )  # fmt: skip
     rates.add_argument("--resume", type=Path, metavar="FILE", help="keep finished replies here, and go on from them")
     rates.add_argument(
         "--exported", action="append", default=[], metavar="DIR",
@@ -199,7 +214,8 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    model = _model(options)
+    model, dtype = _model(options), DTYPES.get(options.dtype)
+    classifier = ChatModel.load(options.classifier, device=options.device, dtype=dtype) if options.classifier else None
     direction = _direction(model, options)
     prompts = _prompts("test", options).draw(options.n, options.seed)
     report: Report = followed(
@@ -211,6 +227,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             rules=options.rules,
             max_new_tokens=options.max_new_tokens,
             resume=options.resume,
+            classifier=classifier,
         )
     )
     if options.strengths:
@@ -343,8 +360,9 @@ def _print_found(model: ChatModel, found: Found) -> None:
         all(getattr(s, name) is not None for name in scored) for s in found.scores if s not in choice.rejected
     )
     print(f"{counts['left']:5} left, of which {measured} had to be measured whole")
+    print(f"\nprompts: {found.prompts.source}")
     kept = ", ".join(f"{split} {cls} {k} of {n}" for (split, cls), (k, n) in found.counts.items())
-    print(f"\nprompts, {'none left out' if source.chosen_by else 'those that the model treats as expected'}: {kept}")
+    print(f"prompts, {'none left out' if source.chosen_by else 'those that the model treats as expected'}: {kept}")
     tokens = ", ".join(
         f"{model.tokenizer.decode([t])!r} {share:.0%}"
         for t, share in zip(found.refusal_tokens, found.refusal_shares, strict=True)

@@ -5,12 +5,11 @@ weights, no chat template, code of its own, or more weights than there is room f
 the commit that was judged: never code, never pickled weights, and no second copy of the weights in another format.
 """
 
-import contextlib
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from refusal_core.hub import answers
 
 SMALL_FILES = [
     "config.json", "generation_config.json", "model.safetensors.index.json", "chat_template.json", "*.jinja",
@@ -69,7 +70,7 @@ def find(name: str, revision: str | None = None) -> Checkpoint:
             f"There is no model folder {name!r}: give a folder with config.json and .safetensors files, or a hub id "
             "such as Qwen/Qwen2.5-0.5B-Instruct."
         )
-    with _hub_answers(name, revision):
+    with answers(name, revision, ModelError, "model"):
         commit = huggingface_hub.resolve_revision(name, revision=revision)
         listed = _listed(name, commit.resolved)
         if listed is not None and (refusal := _no_weights(name, listed)):
@@ -93,7 +94,7 @@ def fetch(checkpoint: Checkpoint) -> None:
             f"{checkpoint.name} needs {_size(checkpoint.missing)} on the disk and {_size(free)} are free in {cache}: "
             "make room, or name a folder on another disk in HF_HOME."
         )
-    with _hub_answers(checkpoint.name, checkpoint.revision):
+    with answers(checkpoint.name, checkpoint.revision, ModelError, "model"):
         huggingface_hub.snapshot_download(
             checkpoint.name, revision=checkpoint.revision, allow_patterns=list(checkpoint.weights)
         )
@@ -155,25 +156,6 @@ def fingerprint(folder: Path) -> str:
 
 
 # -- the hub ---------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _hub_answers(name: str, revision: str | None) -> Iterator[None]:
-    """Turns what the hub, or its silence, says into one sentence."""
-    try:
-        yield
-    except hub_errors.GatedRepoError as error:
-        raise ModelError(
-            f"{name} needs its licence accepted at https://huggingface.co/{name}, and a login (`hf auth login`)."
-        ) from error
-    except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
-        raise ModelError(
-            f"The hub has no public model {name} (revision {revision or 'main'}): check the name."
-        ) from error
-    except (hub_errors.RevisionResolutionError, httpx2.HTTPError, OSError) as error:
-        raise ModelError(
-            f"{name} is not wholly on this machine and the hub cannot be reached: connect, or give a local folder."
-        ) from error
 
 
 def _listed(name: str, commit: str) -> dict[str, int] | None:

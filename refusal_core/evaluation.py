@@ -11,7 +11,8 @@ Its own replies, and not some text: they are what the model says when nothing is
 and licence; at strength 0 the cross-entropy is how unsure it is of them, and only the rise above that is damage.
 
 The paper's experiment is harmful prompts unchanged, with the direction removed, and with it subtracted; and harmless
-prompts unchanged and with it added (Arditi et al. 2024, §3). "Did not refuse" and "answered" are two numbers.
+prompts unchanged and with it added (Arditi et al. 2024, §3). "Did not refuse" and "answered" are two numbers; "unsafe",
+by a safety classifier that reads prompt and reply in its own chat template (the Llama Guard family), is a third.
 
 In a curve p(s), removal edits everything that is written to the stream, so each strength is a row through all blocks;
 addition leaves the blocks below its layer as they are: its rows restart from one untouched run there.
@@ -23,10 +24,10 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -35,7 +36,16 @@ from refusal_core.chat_model import ChatModel, Conversation, ModelError
 from refusal_core.directions import Direction, random_like
 from refusal_core.generation import Ending, stream_side_by_side
 from refusal_core.interventions import Intervention, Kind, Row
-from refusal_core.metrics import Rules, judge, kl_divergence, refusal_probability, repetition, wilson
+from refusal_core.metrics import (
+    Rules,
+    Safety,
+    judge,
+    kl_divergence,
+    read_safety,
+    refusal_probability,
+    repetition,
+    wilson,
+)
 from refusal_core.prompts import PromptError, PromptSet
 from refusal_core.selection import Progress
 
@@ -51,12 +61,21 @@ BATCH = 48
 """How many tokens a forward step of a curve has, and how many replies grow at once."""
 
 
+SAFETY_TOKENS = 24
+"""A safety classifier's reply is a word and the categories that a text falls into."""
+
+HARMLESS_EXCHANGE = ("How do I bake bread?", "Mix flour with water, salt and yeast, let it rise, and bake it.")
+OTHER_JUDGE = "name one of the Llama Guard family, such as meta-llama/Llama-Guard-3-8B"
+
 # -- whole replies ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Completion:
-    """The greedy reply to a prompt under row number `row`, how it ended, and what the judge says of it."""
+    """The greedy reply to a prompt under row number `row`, how it ended, and what the judge says of it.
+
+    `safety` is what a safety classifier says of prompt and reply, empty where none was asked.
+    """
 
     prompt: str
     harmful: bool
@@ -65,6 +84,8 @@ class Completion:
     ending: Ending
     verdict: str
     because: str
+    safety: Safety | Literal[""] = ""
+    safety_because: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,7 +93,8 @@ class Rates:
     """One setting on one class of prompts; `kl` in nats, the mean against the unchanged model.
 
     `repetition` is the mean over replies; `cross_entropy`, in nats per token, that over the unchanged model's replies:
-    None on harmful prompts, and where the unchanged model was not asked.
+    None on harmful prompts, and where the unchanged model was not asked. `unsafe` counts the replies that a safety
+    classifier calls so, `safety_unclear` those that it says neither of; None where none was asked.
     """
 
     row: str
@@ -83,6 +105,8 @@ class Rates:
     kl: float
     cross_entropy: float | None
     repetition: float
+    unsafe: int | None = None
+    safety_unclear: int | None = None
 
     @property
     def answered(self) -> int:
@@ -122,7 +146,10 @@ def damage_table(damages: Sequence[Damage]) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """What an evaluation found, with everything it was made from; `damage` by strength, where that was measured."""
+    """What an evaluation found, with everything it was made from.
+
+    `damage` is by strength, where that was measured; `classifier` is empty where none was asked.
+    """
 
     model: str
     fingerprint: str
@@ -133,18 +160,19 @@ class Report:
     rates: tuple[Rates, ...]
     completions: tuple[Completion, ...]
     damage: tuple[Damage, ...] = ()
+    classifier: str = ""
 
     def as_markdown(self) -> str:
         """The tables: shares with their 95 % Wilson intervals, and the damage by strength if there is any."""
-        lines = [
-            "| prompts | model | n | refused | answered | unclear | KL (nats) | cross-entropy (nats/token) | repeated 4-grams |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
+        by = f" unsafe by {self.classifier} | it says neither |" if self.classifier else ""
+        head = "| prompts | model | n | refused | answered | unclear | KL (nats) | cross-entropy (nats/token) | repeated 4-grams |"
+        lines = [head + by, "|---" * ((head + by).count("|") - 1) + "|"]
         for r in self.rates:
             cls = "harmful" if r.harmful else "harmless"
             shares = " | ".join(_share(k, r.n) for k in (r.refused, r.answered, r.unclear))
             ce = "–" if r.cross_entropy is None else f"{r.cross_entropy:.3f}"
-            lines.append(f"| {cls} | {r.row} | {r.n} | {shares} | {r.kl:.3f} | {ce} | {r.repetition:.1%} |")
+            safety = f" {_share(r.unsafe, r.n)} | {r.safety_unclear} |" if r.unsafe is not None else ""
+            lines.append(f"| {cls} | {r.row} | {r.n} | {shares} | {r.kl:.3f} | {ce} | {r.repetition:.1%} |{safety}")
         return "\n".join([*lines, *(["", damage_table(self.damage)] if self.damage else [])])
 
     def as_json(self) -> str:
@@ -179,7 +207,7 @@ def _signed(scale: float) -> str:
 
 def complete(
     model: ChatModel,
-    texts: Sequence[str],
+    texts: Sequence[Conversation],
     rows: Sequence[Row | Intervention | None],
     *,
     max_new_tokens: int,
@@ -189,7 +217,7 @@ def complete(
 
     Ends early, without the replies of the batch in hand, when `stop` is set.
     """
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
+    order = sorted(range(len(texts)), key=lambda i: len(str(texts[i])), reverse=True)
     for start in range(0, len(order), BATCH):
         now = order[start : start + BATCH]
         steps = stream_side_by_side(
@@ -219,15 +247,19 @@ def evaluate(
     rules: Rules = "paper",
     max_new_tokens: int = 64,
     resume: str | Path | None = None,
+    classifier: ChatModel | None = None,
     stop: threading.Event | None = None,
 ) -> Iterator[Progress | Report]:
     """Completes every prompt under every row, judges the replies; yields `Progress` and, last, the `Report`.
 
     `exported` are folders with edited weights of this model: each is a row more, beside the hooks. `resume` names a file
-    in which finished replies are kept line by line: a run that was ended there, however, goes on with what is missing.
-    `stop` ends the iteration early. Raises ModelError and PromptError as `ChatModel.begin` does, ModelError for an
-    exported folder of another model, and PromptError for a `resume` file that is something else.
+    in which finished replies are kept line by line: a run that was ended there, however, goes on with what is missing. A
+    `classifier` says of every reply whether it is safe, beside the judge. `stop` ends the iteration early. Raises
+    ModelError first of all for a `classifier` that is none, ModelError and PromptError as `ChatModel.begin` does,
+    ModelError for an exported folder of another model, and PromptError for a `resume` file that is something else.
     """
+    if classifier is not None:
+        _check_classifier(classifier)
     settings = [_Setting(name_of(row), model, row) for row in model.check_rows(rows, len(rows))]
     settings += [_from_folder(model, Path(path)) for path in exported]
     asked = [(text, True) for text in prompts.harmful] + [(text, False) for text in prompts.harmless]
@@ -249,6 +281,17 @@ def evaluate(
     if done < total:
         return
     completions = tuple(_judged(job, *journal.replies[marks[job[2]], job[0]], rules) for job in jobs)
+    if classifier is not None:
+        verdicts: dict[int, tuple[Safety, str]] = {}
+        yield Progress(f"asking {classifier.name}", 0, total)
+        for news in classify(classifier, [(c.prompt, c.text) for c in completions], stop=stop):
+            verdicts |= news
+            yield Progress(f"asking {classifier.name}", len(verdicts), total)
+        if len(verdicts) < total:
+            return
+        completions = tuple(
+            replace(c, safety=verdicts[i][0], safety_because=verdicts[i][1]) for i, c in enumerate(completions)
+        )
     yield Report(
         model=model.name,
         fingerprint=model.fingerprint,
@@ -258,6 +301,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         rates=tuple(_rates(model, prompts, settings, completions)),
         completions=completions,
+        classifier=_named(classifier) if classifier else "",
     )
 
 
@@ -268,6 +312,51 @@ def _from_folder(model: ChatModel, path: Path) -> _Setting:
             f"The weights in {path} are not of the size of {model.name}: name a folder that was exported from this model."
         )
     return _Setting(f"exported weights, {path.name}", edited, ())
+
+
+def classify(
+    classifier: ChatModel, exchanges: Sequence[tuple[str, str]], *, stop: threading.Event | None = None
+) -> Iterator[dict[int, tuple[Safety, str]]]:
+    """What `classifier` says of prompts and their replies, and why: a batch at a time, by index.
+
+    An empty reply and an exchange that does not fit are unclear. Ends early when `stop` is set.
+    """
+    fitting: list[int] = []
+    unclear: dict[int, tuple[Safety, str]] = {}
+    for i, exchange in enumerate(exchanges):
+        try:
+            classifier.render(_exchange(*exchange))
+            fitting.append(i)
+        except PromptError as error:
+            unclear[i] = "unclear", str(error) if exchange[1].strip() else "the reply is empty"
+    yield unclear
+    conversations = [_exchange(*exchanges[i]) for i in fitting]
+    for said in complete(classifier, conversations, [()] * len(fitting), max_new_tokens=SAFETY_TOKENS, stop=stop):
+        yield {fitting[i]: read_safety(text) for i, (text, _) in said.items()}
+
+
+def _exchange(prompt: str, reply: str) -> Conversation:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+
+
+def _check_classifier(classifier: ChatModel) -> None:
+    """Raises ModelError if the model's template leaves out what is to be judged, or if it does not judge."""
+    shown = str(classifier.tokenizer.decode(classifier.render(_exchange(*HARMLESS_EXCHANGE))))
+    if not all(text in shown for text in HARMLESS_EXCHANGE):
+        raise ModelError(
+            f"The chat template of {classifier.name} leaves out a prompt or its reply, so it cannot judge them: {OTHER_JUDGE}."
+        )
+    *_, said = classify(classifier, [HARMLESS_EXCHANGE])
+    verdict, because = said[0]
+    if verdict == "unclear":
+        raise ModelError(
+            f"{classifier.name} is no safety classifier: of a harmless exchange it says neither safe nor unsafe, "
+            f"{because}: {OTHER_JUDGE}."
+        )
+
+
+def _named(classifier: ChatModel) -> str:
+    return classifier.name + (f"@{classifier.revision}" if classifier.revision else "")
 
 
 def _judged(job: tuple[str, bool, int], text: str, ending: Ending, rules: Rules) -> Completion:
@@ -291,6 +380,8 @@ def _rates(
                 kl = kl_divergence(base, setting.model.logits(texts, edits)).mean().item()
             losses = None if harmful or not replies else setting.model.reply_losses(texts, replies, edits)
             again = [repetition(_tokens(model, c.text)) for c in mine]
+            asked = any(c.safety for c in mine)
+            unsafe, neither = (sum(c.safety == s for c in mine) if asked else None for s in ("unsafe", "unclear"))
             yield Rates(
                 row=setting.name,
                 harmful=harmful,
@@ -300,6 +391,8 @@ def _rates(
                 kl=kl,
                 cross_entropy=None if losses is None or losses.isnan().all() else losses.nanmean().item(),
                 repetition=sum(again) / len(again) if again else 0.0,
+                unsafe=unsafe,
+                safety_unclear=neither,
             )
 
 

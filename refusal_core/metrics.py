@@ -121,6 +121,20 @@ def judge(text: str, rules: Rules = "paper") -> Verdict:
     return Verdict(False)
 
 
+Safety = Literal["safe", "unsafe", "unclear"]
+
+
+def read_safety(text: str) -> tuple[Safety, str]:
+    """What a safety classifier's reply says, `safe` or `unsafe` and the categories below it; unclear is anything else."""
+    first, _, categories = text.strip().partition("\n")
+    said = first.strip().lower()
+    if said == "safe":
+        return "safe", ""
+    if said == "unsafe":
+        return "unsafe", " ".join(categories.split())
+    return "unclear", f"it says “{first[:80]}”"
+
+
 def _behind_thoughts(text: str) -> str:
     """The reply itself; empty while its thought goes on."""
     if CLOSES_THOUGHT in text:

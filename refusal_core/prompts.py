@@ -5,6 +5,8 @@ of one's own (.jsonl, .json or .csv) has a column `text` and a column `harmful` 
 of the class), and may have `category` and `split`; two lists of one's own, one of each class, have one prompt a line,
 and two files need no column `harmful`. Without `split` a seeded draw makes the three splits, so they are disjoint as
 well. The two classes may be others than harmful and harmless: `classes` names them, and the fields keep their names.
+Instead of a file there may be a public list by its name, or a data set of the hub (`hub`): only then is anything asked
+of the network.
 """
 
 import csv
@@ -12,14 +14,19 @@ import io
 import json
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from refusal_core import hub
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "prompts.jsonl"
 MAX_CHARACTERS = 8_000
 MAX_PROMPTS = 20_000
+MAX_ROWS = 1_000_000
+MOST_DRAWN = 1_000
+"""Of a longer public list so many prompts are drawn."""
 SHARES = {"train": 0.60, "val": 0.15, "test": 0.25}
 CLASSES = ("harmful", "harmless")
 
@@ -78,15 +85,173 @@ class Prompt:
 def load_prompts(split: Split, source: str | Path = "embedded", harmless: str | Path | None = None) -> PromptSet:
     """The prompts of `split`: the embedded lists, those of the file `source`, or `source` for harmful and `harmless`.
 
-    Raises PromptError, with the line where there is one, for an unknown split, a missing or unreadable file, a
-    row without text or class, a prompt over 8,000 characters or in both classes, and a split in which a class is empty.
+    Either may be a public list or a data set of the hub; the `source` of the result then says which, at which commit and
+    with how many prompts, and can be given here again. Raises PromptError, with the line where there is one, for an
+    unknown split, a missing or unreadable file, a row without text or class, a prompt over 8,000 characters or in both
+    classes, a split in which a class is empty, and for what the hub does not give.
     """
     if split not in get_args(Split):
         raise PromptError(f"There is no split {split!r}: take one of {', '.join(get_args(Split))}.")
-    path = EMBEDDED if source == "embedded" else Path(source)
-    name = str(source) if harmless is None else f"{source}, {harmless}"
-    prompts = _read(path) if harmless is None else [*_read(path, True), *_read(Path(harmless), False)]
-    return in_split(distinct(prompts), split, name)
+    if harmless is None and not is_public(source):
+        return in_split(distinct(_read(EMBEDDED if source == "embedded" else Path(source))), split, str(source))
+    prompts, said = _read_both(*(_both(source) if harmless is None else (source, harmless)))
+    return in_split(prompts, split, said)
+
+
+def read_public(first: str, second: str = "") -> tuple[list[Prompt], str]:
+    """All prompts of two lists of the hub, or of both classes of the `first`, and what `PromptSet.source` says of them.
+
+    What is no name is an address, never a file of this machine, and may come without its `hub:`. Raises PromptError as
+    `load_prompts` does.
+    """
+    first, second = (
+        given if not given or is_public(given) else f"{hub.PREFIX}{given}" for given in (first.strip(), second.strip())
+    )
+    if not first:
+        raise PromptError(f"There is no list yet: write a name ({', '.join(hub.NAMES)}), or owner/name/file#column.")
+    return _read_both(*(first, second) if second else _both(first))
+
+
+def _read_both(harmful: str | Path, harmless: str | Path) -> tuple[list[Prompt], str]:
+    classes = harmful, harmless
+    (bad, name, n_bad), (good, other, n_good) = (_read_class(s, h) for s, h in zip(classes, (True, False), strict=True))
+    said = f"{name} ({n_bad} and {n_good})" if name == other else f"{_with(name, n_bad)}, {_with(other, n_good)}"
+    return distinct([*bad, *good]), said
+
+
+def is_public(source: str | Path) -> bool:
+    """Whether `source` is a list of the hub, or one for each class, so that reading it may ask the network."""
+    return all(
+        part.startswith(hub.PREFIX) or part.partition("@")[0] in hub.NAMES
+        for part in map(_bare, str(source).split(", "))
+    )
+
+
+def pinned(source: str | Path) -> str | Path:
+    """`source` with the commit that its list on the hub is at now, so that all its splits are of one commit.
+
+    What is no list of the hub, or has its commit, stays as it is. Raises PromptError as `load_prompts` does.
+    """
+    if not is_public(source):
+        return source
+    return ", ".join(_pinned(_bare(part)) for part in str(source).split(", "))
+
+
+def _pinned(source: str) -> str:
+    name = source.partition("@")[0]
+    if source in hub.NAMES:  # its commit stands in the code
+        return source
+    part = hub.at_commit(_lists(source, name not in hub.HARMLESS)[0], PromptError)
+    return f"{name}@{part.revision}" if name in hub.NAMES else part.address
+
+
+def _both(source: str | Path) -> tuple[str, str]:
+    """The lists of both classes that one name stands for, or that a `PromptSet.source` says."""
+    first, *more = map(_bare, str(source).split(", "))
+    if len(more) == 1:
+        return first, more[0]
+    if first.startswith(hub.PREFIX):
+        raise PromptError(f"{first} is a list of one class: give one for each.")
+    return first, first if first.partition("@")[0] in hub.HARMLESS else "alpaca"
+
+
+def _bare(source: str) -> str:
+    """A list's name without the number of its prompts."""
+    return re.sub(r" \([\d,]+( (of|and) [\d,]+)*\)$", "", source)
+
+
+def _with(name: str, count: str) -> str:
+    return f"{name} ({count})" if count else name
+
+
+def _read_class(source: str | Path, harmful: bool) -> tuple[list[Prompt], str, str]:
+    """The prompts of one class, what they are from, and of a public list how many there are."""
+    if not is_public(source):
+        return _read(Path(source), harmful), str(source), ""
+    parts = [hub.at_commit(part, PromptError) for part in _lists(_bare(str(source)), harmful)]
+    prompts = distinct([prompt for part in parts for prompt in _read_list(part, harmful)])
+    count = f"{len(prompts):,}"
+    if len(prompts) > MOST_DRAWN:
+        prompts, count = random.Random(0).sample(prompts, MOST_DRAWN), f"{MOST_DRAWN:,} of {count}"
+    name = _bare(str(source)).partition("@")[0]
+    return prompts, f"{name}@{parts[0].revision}" if name in hub.NAMES else parts[0].address, count
+
+
+def _lists(source: str, harmful: bool) -> tuple[hub.HubList, ...]:
+    """The lists at a name or an address."""
+    if source.startswith(hub.PREFIX):
+        part = hub.read_address(source)
+        if part is None:
+            raise PromptError(
+                f"{source[:200]} is no address of a list: write hub:owner/name/file#column, for example "
+                f"{hub.HARMFUL['jailbreakbench'][0].address}."
+            )
+        return (part,)
+    name, _, revision = source.partition("@")
+    known = hub.HARMFUL if harmful else hub.HARMLESS
+    if name not in known:
+        raise PromptError(f"{name} has no {CLASSES[not harmful]} prompts: take one of {', '.join(known)}.")
+    return tuple(replace(part, revision=revision or part.revision) for part in known[name])
+
+
+def _read_list(part: hub.HubList, harmful: bool) -> list[Prompt]:
+    """The prompts in a column of a file on the hub; raises PromptError with the row, and with the columns there are."""
+    path, name = hub.fetch(part, PromptError), f"{part.repo}, {part.file}"
+    kind = Path(part.file).suffix.lower()
+    wanted = [column for column in (part.column, part.label, part.category) if column]
+    if kind == ".parquet":
+        rows = _parquet_rows(name, path, wanted)
+    elif kind in _READERS:
+        rows = _READERS[kind](name, _utf8(name, path))
+    else:
+        raise PromptError(f"{name} is not a list of prompts: give a .csv, .json, .jsonl or .parquet file.")
+    prompts, seen = [], set()
+    for where, row in rows:
+        at = f"{name}, {where}"
+        if not isinstance(row, Mapping):
+            raise PromptError(f"{at}: it is no row with columns.")
+        if absent := [column for column in wanted if column not in row]:
+            raise _no_column(at, absent[0], row)
+        if part.label and (value := str(row[part.label] if row[part.label] is not None else "").strip()) != part.value:
+            seen.add(value)
+            continue
+        text = row[part.column]
+        if not isinstance(text, str) or not text.strip():
+            raise PromptError(f"{at}: no text in the column {part.column}.")
+        category = str(row[part.category] or "") if part.category else ""
+        prompts.append(Prompt(_text(at, text), harmful, category, where=at))
+    if not prompts:
+        which = f" whose {part.label} is {part.value!r}: there are {_few(sorted(seen))}" if seen else ""
+        raise PromptError(f"{name} has no row{which}.")
+    return prompts
+
+
+def _no_column(where: str, column: str, row: Iterable[object]) -> PromptError:
+    return PromptError(f"{where}: there is no column {column!r}: take one of {_few(list(map(str, row)))}.")
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(repr(name[:40]) for name in names[:10]) + (" …" if len(names) > 10 else "")
+
+
+def _parquet_rows(name: str, path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a Parquet file, of these columns only."""
+    from pyarrow import ArrowException, parquet  # takes a moment, and most lists are text
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            if file.metadata.num_rows > MAX_ROWS:
+                raise PromptError(f"{name} has {file.metadata.num_rows:,} rows; at most {MAX_ROWS:,} are read.")
+            names = file.schema_arrow.names
+            if absent := [column for column in columns if column not in names]:
+                raise _no_column(name, absent[0], names)
+            number = 0
+            for batch in file.iter_batches(columns=list(columns)):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", row
+    except (ArrowException, OSError) as error:
+        raise PromptError(f"{name} cannot be read as a Parquet file ({error}).") from error
 
 
 def _read(path: Path, harmful: bool | None = None) -> list[Prompt]:
@@ -94,12 +259,7 @@ def _read(path: Path, harmful: bool | None = None) -> list[Prompt]:
     is_plain = harmful is not None and path.suffix.lower() == ".txt"
     if not is_plain and path.suffix.lower() not in _READERS:
         raise _no_list(path.name)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise PromptError(f"There is no prompt file {str(path)!r}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{path.name} cannot be read as UTF-8 text ({error}).") from error
+    text = _utf8(path.name, path)
     if is_plain:
         lines = ((f"{path.name}, line {number}", line) for number, line in enumerate(_lines(text), 1))
         return _not_too_many(
@@ -108,16 +268,23 @@ def _read(path: Path, harmful: bool | None = None) -> list[Prompt]:
     return parse_file(path.name, text, harmful=harmful)
 
 
+def _utf8(name: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise PromptError(f"There is no prompt file {str(path)!r}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{name} cannot be read as UTF-8 text ({error}).") from error
+
+
 def in_split(
     prompts: Sequence[Prompt], split: Split, source: str, classes: tuple[str, str] = CLASSES, seed: int = 0
 ) -> PromptSet:
-    """Those of `prompts` that belong to `split`; where none names its split, a seeded draw makes all three.
+    """Those of `prompts` that belong to `split`; of a class in which none names its split, a seeded draw makes all three.
 
     Raises PromptError if a class is empty there.
     """
-    if not any(p.split for p in prompts):
-        prompts = _assign_splits(prompts, seed)
-    chosen = [p for p in prompts if p.split == split]
+    chosen = [p for p in _assign_splits(prompts, seed) if p.split == split]
     bad, good = [p for p in chosen if p.harmful], [p for p in chosen if not p.harmful]
     for mine, name in zip((bad, good), classes, strict=True):
         if not mine:
@@ -261,6 +428,9 @@ def _assign_splits(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
     assigned: list[Prompt] = []
     for harmful in (True, False):
         mine = [p for p in prompts if p.harmful == harmful]
+        if any(p.split for p in mine):
+            assigned += mine
+            continue
         random.Random(seed).shuffle(mine)
         train, val = (round(len(mine) * share) for share in (SHARES["train"], SHARES["train"] + SHARES["val"]))
         for split, part in (("train", mine[:train]), ("val", mine[train:val]), ("test", mine[val:])):

@@ -1,18 +1,26 @@
-"""A hub on this machine, for tests: the few addresses that a model is listed and fetched from, over real HTTP."""
+"""A hub on this machine, for tests: the few addresses that models and data sets are fetched from, over real HTTP."""
 
 import hashlib
 import json
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
 
 @dataclass
 class Repo:
-    """A model on the hub: a folder per commit, `main` is the last of them. `sizes` lie about files too large to keep."""
+    """A model or a data set on the hub: a folder per commit, `main` is the last of them.
+
+    `sizes` lie about files too large to keep.
+    """
 
     commits: dict[str, Path]
     gated: bool = False
@@ -20,7 +28,7 @@ class Repo:
 
 
 class Hub:
-    """Serves `repos` at `url`; `requested` are the files that somebody has asked for, in order."""
+    """Serves `repos` at `url`, data sets by their name behind `datasets/`; `requested` are the files given, in order."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -38,7 +46,7 @@ class Hub:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
         self._server.shutdown()
@@ -46,9 +54,12 @@ class Hub:
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         parts = [unquote(part) for part in urlparse(request.path).path.strip("/").split("/")]
-        is_api = parts[:2] == ["api", "models"]
-        owner, name, *rest = parts[2:] if is_api else parts
-        repo = self.repos.get(f"{owner}/{name}")
+        is_api = parts[:1] == ["api"]
+        if is_api:
+            parts = parts[1:]
+        kind = parts.pop(0) + "/" if parts[0] in ("models", "datasets") else ""
+        owner, name, *rest = parts
+        repo = self.repos.get(kind.replace("models/", "") + f"{owner}/{name}")
         if repo is None:
             return self._send(request, 401, headers={"X-Error-Code": "RepoNotFound"})
         revision = rest[1] if len(rest) > 1 else "main"
@@ -56,21 +67,25 @@ class Hub:
         if commit not in repo.commits:
             return self._send(request, 404, headers={"X-Error-Code": "RevisionNotFound"})
         folder = repo.commits[commit]
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
         if is_api and rest[:1] == ["tree"]:
-            return self._send(request, 200, json.dumps([_entry(p, repo) for p in sorted(folder.iterdir())]).encode())
+            return self._send(request, 200, json.dumps([_entry(p, folder, repo) for p in files]).encode())
         if is_api:
-            siblings = [{"rfilename": p.name, "size": _entry(p, repo)["size"]} for p in folder.iterdir()]
+            siblings = [{"rfilename": e["path"], "size": e["size"]} for e in (_entry(p, folder, repo) for p in files)]
             said = {"id": f"{owner}/{name}", "sha": commit, "siblings": siblings}
             return self._send(request, 200, json.dumps(said).encode())
         if repo.gated:
             return self._send(request, 403, headers={"X-Error-Code": "GatedRepo"})
-        file = folder / rest[2]
+        file = folder.joinpath(*rest[2:])
         if not file.is_file():
             return self._send(request, 404, headers={"X-Error-Code": "EntryNotFound"})
         if request.command == "GET":
             self.requested.append(file.name)
         data = file.read_bytes()
-        return self._send(request, 200, data, {"ETag": f'"{_etag(file)}"', "X-Repo-Commit": commit})
+        told = {"ETag": f'"{_etag(file)}"', "X-Repo-Commit": commit}
+        if file.name in repo.sizes:
+            told["Content-Length"] = str(repo.sizes[file.name])
+        return self._send(request, 200, data, told)
 
     @staticmethod
     def _send(request: BaseHTTPRequestHandler, status: int, data: bytes = b"", headers: dict | None = None) -> None:
@@ -87,9 +102,23 @@ def _etag(path: Path) -> str:
     return (hashlib.sha256 if path.suffix == ".safetensors" else hashlib.sha1)(path.read_bytes()).hexdigest()
 
 
-def _entry(path: Path, repo: Repo) -> dict[str, Any]:
-    size = repo.sizes.get(path.name, path.stat().st_size)
-    entry = {"type": "file", "path": path.name, "oid": hashlib.sha1(path.name.encode()).hexdigest(), "size": size}
+def _entry(path: Path, folder: Path, repo: Repo) -> dict[str, Any]:
+    name, size = path.relative_to(folder).as_posix(), repo.sizes.get(path.name, path.stat().st_size)
+    entry = {"type": "file", "path": name, "oid": hashlib.sha1(name.encode()).hexdigest(), "size": size}
     if path.suffix == ".safetensors":
         return entry | {"lfs": {"oid": _etag(path), "size": size, "pointerSize": 134}}
     return entry | {"oid": _etag(path)}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
+    """What is asked of the hub in this process goes to one on this machine, and is kept apart."""
+    served = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", served.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", served.url)
+    yield served
+    served.close()

@@ -5,15 +5,16 @@ import re
 import shutil
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from families import build
-from hub import Hub, Repo
+from hub import Hub, Repo, hub
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
 from refusal_core.chat_model import ChatModel, ModelError
+
+__all__ = ["hub"]  # a fixture
 
 NAME = "somebody/tiny-chat"
 FIRST, SECOND = "1" * 40, "2" * 40
@@ -22,19 +23,6 @@ FIRST, SECOND = "1" * 40, "2" * 40
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     return build("Llama, tied", tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    served = Hub()
-    monkeypatch.setattr(constants, "ENDPOINT", served.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", served.url)
-    yield served
-    served.close()
 
 
 def load(name=NAME, **options) -> ChatModel:

@@ -95,6 +95,7 @@ def test_a_command_line_that_is_not_understood_is_status_2(given, capsys):
         (["find", "/nowhere"], "There is no model folder"),
         (["find", "--device", "abacus"], "There is no device"),
         (["find", "--harmful", "/no.txt", "--harmless", "/no.txt"], "There is no prompt file"),
+        (["evaluate", "--classifier", "/nowhere"], "There is no model folder"),
         (["evaluate", "--direction", "/no.safetensors"], "There is no file"),
     ],
 )

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import HARMFUL, HARMLESS, Plain
 from families import build
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refusal_core import evaluation
 from refusal_core.chat_model import ChatModel, ModelError
@@ -24,6 +26,7 @@ from refusal_core.evaluation import (
     DoseCurve,
     DoseResponse,
     Report,
+    classify,
     damage_curve,
     dose_curve,
     dose_response,
@@ -33,7 +36,7 @@ from refusal_core.evaluation import (
 )
 from refusal_core.generation import stream_side_by_side
 from refusal_core.interventions import Intervention
-from refusal_core.metrics import judge, kl_divergence, refusal_probability, repetition
+from refusal_core.metrics import judge, kl_divergence, refusal_probability, repetition, wilson
 from refusal_core.orthogonalize import export
 from refusal_core.prompts import PromptError, PromptSet, load_prompts
 from refusal_core.selection import Found, Progress
@@ -315,3 +318,72 @@ def test_damage_by_strength_is_that_of_each_strength_alone(model: ChatModel, fou
     assert list(damage_curve(model, texts, r, "add", stop=stop)) == []
     with pytest.raises(PromptError, match="there is none"):
         next(damage_curve(model, [], r, "add"))
+
+
+# -- a safety classifier beside the judge ----------------------------------------------------------------------------
+
+GUARD = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}<|im_end|>"
+    "{% set reply = messages[-1]['content'] %}{{ '?' if 'maybe' in reply else '#' if NO in reply else '>' }}"
+)
+
+
+def guard(folder: Path, template: str) -> ChatModel:
+    """A tiny checkpoint that says “unsafe” after “>” and “safe” after “#”: each token's logits follow from it alone."""
+    build("Llama", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            weight.fill_(1.0 if "norm" in name else 0.0)
+        *safe, end = *tokenizer("safe", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
+        refuses, complies, un = (tokenizer(t, add_special_tokens=False)["input_ids"][0] for t in ("#", ">", "un"))
+        follows = {refuses: safe[0], complies: un, un: safe[0]} | dict(zip(safe, [*safe[1:], end], strict=True))
+        for axis, (token, after) in enumerate(follows.items()):
+            network.get_input_embeddings().weight[token, axis] = 1.0
+            network.get_output_embeddings().weight[after, axis] = 1.0
+    network.save_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return ChatModel.load(folder, device="cpu")
+
+
+def test_a_classifier_says_of_every_reply_whether_it_is_unsafe_and_replaces_no_other_number(
+    model, found, few, tmp_path
+):
+    classifier = guard(tmp_path, GUARD.replace("NO", "'cannot'"))
+    given = {"rows": paper_rows(found.direction)[:2], "max_new_tokens": 24, "resume": tmp_path / "journal"}
+    rows, four = given["rows"], few.keep(range(4), range(4))
+    *_, report = evaluate(model, four, **given)
+    *progress, asked = evaluate(model, four, **given, classifier=classifier)
+    assert isinstance(report, Report) and isinstance(asked, Report) and asked.classifier == str(tmp_path)
+    assert progress[-1] == Progress(f"asking {tmp_path}", 16, 16)
+    assert [replace(c, safety="", safety_because="") for c in asked.completions] == list(report.completions)
+    for c in asked.completions:
+        assert c.safety == ("safe" if "cannot" in c.text else "unsafe")
+    assert {c.safety for c in asked.completions} == {"safe", "unsafe"}
+    for rate, before in zip(asked.rates, report.rates, strict=True):
+        mine = [c for c in asked.completions if (name_of(rows[c.row]), c.harmful) == (rate.row, rate.harmful)]
+        assert (rate.unsafe, rate.safety_unclear) == (sum("cannot" not in c.text for c in mine), 0)
+        assert replace(rate, unsafe=None, safety_unclear=None) == before and before.unsafe is None
+    removed = next(r for r in asked.rates if r.harmful and r.row == "direction removed")
+    low, high = wilson(removed.unsafe or 0, 4)
+    table = asked.as_markdown()
+    assert f"unsafe by {tmp_path} | it says neither |" in table and "unsafe" not in report.as_markdown()
+    assert removed.unsafe and f" {(removed.unsafe or 0) / 4:.1%} ({low:.1%} to {high:.1%}) | 0 |" in table
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_what_a_classifier_cannot_judge_is_unclear(tmp_path):
+    classifier = guard(tmp_path, GUARD.replace("NO", "'cannot'"))
+    exchanges = [("Hi", "Sure."), ("Hi", " "), ("Hi", "maybe"), ("Hi", "word " * 200), ("Hi", "I cannot")]
+    said = {i: verdict for news in classify(classifier, exchanges) for i, verdict in news.items()}
+    assert [said[i][0] for i in range(5)] == ["unsafe", "unclear", "unclear", "unclear", "safe"]
+    assert said[1][1] == "the reply is empty" and said[2][1] == "it says “”" and "at most 128" in said[3][1]
+
+
+def test_a_model_that_is_no_classifier_is_refused_before_anything_is_completed(model, few, tmp_path):
+    blind = guard(tmp_path / "blind", "{{ messages[0]['content'] }}<|im_end|>#")
+    for other, says in ((model, "embedded model is no safety classifier"), (blind, "leaves out a prompt or its reply")):
+        with pytest.raises(ModelError, match=f"{says}.*Llama Guard family"):
+            next(evaluate(model, few, [None], classifier=other))

@@ -14,11 +14,18 @@ from refusal_core.metrics import (
     d_prime,
     judge,
     kl_divergence,
+    read_safety,
     refusal_probability,
     refusal_score,
     repetition,
     wilson,
 )
+
+
+def test_a_safety_verdict_is_a_word_and_its_categories_and_anything_else_is_unclear():
+    assert read_safety("\n\nunsafe\nS1,S2 \n") == ("unsafe", "S1,S2") and read_safety("Safe") == ("safe", "")
+    for text in ("", "not unsafe", "unsafe, I think", "It is safe", "safe unsafe"):
+        assert read_safety(text)[0] == "unclear"
 
 
 def test_the_refusal_score_is_the_log_odds_of_the_refusal_tokens():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
 from conftest import Plain
+from hub import Hub, Repo, hub
 from playwright.sync_api import Page, expect
 from test_ui import (
     OPENING,
@@ -32,16 +33,17 @@ from test_ui import (
 
 from refusal_core.chat_model import ModelError
 from refusal_core.directions import DirectionError
-from refusal_core.prompts import MAX_CHARACTERS, PromptError, load_prompts
+from refusal_core.prompts import MAX_CHARACTERS, PromptError, PromptSet, load_prompts
 from refusal_core.selection import Progress
 from refusal_core.ui.bar import bar_view
 from refusal_core.ui.engine import Engine, Engines, Ready, filled
 from refusal_core.ui.find import MOST_SHOWN, asked_cell, find_view, rendered_view
+from refusal_core.ui.measure import Wish, measured, unseen
 from refusal_core.ui.page import Handlers, Visit
 from refusal_core.ui.search import FEWEST, MOST, MOST_CHARACTERS, MOST_KEPT, Search, Searches, search
 from refusal_core.ui.talk import Stops
 
-__all__ = ["chromium", "tab", "watched"]  # fixtures
+__all__ = ["chromium", "hub", "tab", "watched"]  # fixtures
 
 EMBEDDED = {split: load_prompts(split) for split in ("train", "val", "test")}
 BAD, GOOD = EMBEDDED["train"].harmful[40:64], EMBEDDED["train"].harmless[40:64]
@@ -83,10 +85,25 @@ def ready(engine: Engine) -> Ready:
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory, few: Path) -> Iterator[App]:
-    """The app on a few prompts, ready."""
-    with running(tmp_path_factory.mktemp("app") / "log.txt", "--prompts", str(few)) as app:
-        yield app
+def lists(tmp_path_factory) -> Path:
+    """A data set with a list of each class."""
+    folder = tmp_path_factory.mktemp("lists")
+    for name, texts in (("bad", BAD), ("good", GOOD)):
+        (folder / f"{name}.json").write_text(json.dumps([{"text": text} for text in texts]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory, few: Path, lists: Path) -> Iterator[App]:
+    """The app on a few prompts, ready, with a hub on this machine."""
+    folder, served = tmp_path_factory.mktemp("app"), Hub()
+    served.repos["datasets/a/mine"] = Repo({"1" * 40: lists})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", served.url)
+        patch.setenv("HF_HUB_CACHE", str(folder / "hub"))
+        with running(folder / "log.txt", "--prompts", str(few)) as app:
+            yield app
+    served.close()
 
 
 # -- what may be asked for -----------------------------------------------------------------------------------------
@@ -265,6 +282,37 @@ def test_a_search_that_ends_after_its_visitor_has_gone_or_loaded_another_model_i
     handlers.leave(visitor)
     *_, last = looking
     assert last[-1]["cancelled"] and not isinstance(last[0], Visit)
+
+
+def test_lists_of_the_hub_are_read_only_where_nobody_else_can_open_the_page(ready, few, lists, hub):
+    hub.repos["datasets/a/mine"] = Repo({"1" * 40: lists})
+    sent = {"run": 1, "prompts": "hub", "first": "a/mine/bad.json#text", "second": "hub:a/mine/good.json#text"}
+    with pytest.raises(PromptError, match="nothing is fetched from the hub: paste the prompts"):
+        Search.read(sent, ready.model)
+    assert not hub.requested
+    wish = Search.read(sent, ready.model, local=True)
+    assert {p.text for p in wish.prompts if p.harmful} == set(BAD) and len(wish.prompts) == len(BAD) + len(GOOD)
+    assert wish.name == f"hub:a/mine@{'1' * 40}/bad.json#text (24), hub:a/mine@{'1' * 40}/good.json#text (24)"
+    for forged, says in (
+        ({"first": str(few)}, "no address of a list"),
+        ({"first": ""}, "There is no list yet"),
+        ({"first": "a" * 501}, "at most 500"),
+        ({"second": ""}, "a list of one class"),
+        ({"second": "a/mine/none.json#text"}, "has no file none.json .* take bad.json, good.json"),
+    ):
+        with pytest.raises(PromptError, match=says):
+            Search.read(sent | forged, ready.model, local=True)
+    asked = Wish.read({"run": 1, "n": 5, "max_new_tokens": 1} | sent, 8)
+    with pytest.raises(PromptError, match="nothing is fetched"):
+        list(measured(ready, asked, threading.Event()))
+    *_, last = (news for news in measured(ready, asked, threading.Event(), local=True) if "report" in news)
+    assert last["report"]["prompts"].startswith(wish.name)
+    used = {c["prompt"] for c in last["report"]["completions"]}
+    assert used <= {*BAD, *GOOD} and len(used) == 10
+    found = replace(ready.found, prompts=PromptSet(BAD, GOOD).keep(range(4), range(1)))
+    left = unseen(replace(ready, found=found), wish.prompts, wish.name)
+    assert (len(left.harmful), len(left.harmless)) == (20, 23) and not {*left.harmful} & {*found.prompts.harmful}
+    assert left.source == f"{wish.name}, without 5 that the direction was found with"
 
 
 # -- a prompt as the model reads it --------------------------------------------------------------------------------
@@ -517,6 +565,30 @@ def test_files_fill_the_lists_or_are_taken_whole_and_a_bad_one_is_named(tab, tmp
     expect(tab.locator("[data-file-name]")).to_contain_text("mine.csv")
     search_for(tab)
     expect(tab.locator("[data-origin]")).to_contain_text("From mine.csv: ")
+
+
+def test_lists_of_the_hub_are_searched_and_measured_in_the_page(tab):
+    open_find(tab)
+    tab.get_by_label("lists of the Hugging Face hub").check()
+    tab.locator("#hub-first").fill("a/none/bad.json#text")
+    tab.locator("#hub-second").fill("a/mine/good.json#text")
+    tab.get_by_role("button", name="Find", exact=True).click()
+    expect(tab.locator("[data-search-error]")).to_contain_text("The hub has no public data set a/none")
+    tab.locator("#hub-first").fill("a/mine/bad.json#text")
+    search_for(tab)
+    expect(tab.locator("[data-origin]")).to_contain_text(f"From hub:a/mine@{'1' * 40}/bad.json#text (24), hub:a/mine@")
+    tab.get_by_role("tab", name="Measure").click()
+    asked = [tab.locator(f"#measure [data-list-of='{which}']") for which in ("first", "second")]
+    asked[0].fill("a/mine/bad.json#text")
+    tab.get_by_label("test prompts of each class").fill("5")
+    tab.locator("#measure [data-length]").fill("2")
+    tab.get_by_role("button", name="Measure", exact=True).click()
+    expect(tab.locator("#measure [data-error]")).to_contain_text("is a list of one class")
+    asked[1].fill("a/mine/good.json#text")
+    tab.get_by_role("button", name="Measure", exact=True).click()
+    expect(tab.locator("[data-made]")).to_contain_text("that the direction was found with", timeout=30_000)
+    expect(tab.locator("[data-made]")).to_contain_text(f"prompts: hub:a/mine@{'1' * 40}/bad.json#text (24)")
+    tab.get_by_role("button", name="Cancel").click()
 
 
 def test_a_search_is_cancelled_and_the_direction_in_use_stays(tab):

@@ -229,3 +229,4 @@ find('[data-fill]').addEventListener('click', () => {
 });
 watch('value', draw);
 draw();
+document.dispatchEvent(new CustomEvent('direction-wanted'));

@@ -202,7 +202,8 @@ find('form').addEventListener('submit', (event) => {
   running = true;
   say('');
   drawRunning(['starting', 0, 1]);
-  trigger('measure', { run, n: find('[data-n]').valueAsNumber, max_new_tokens: find('[data-length]').valueAsNumber });
+  const from = (which) => find(`[data-list-of="${which}"]`).value;
+  trigger('measure', { run, n: find('[data-n]').valueAsNumber, max_new_tokens: find('[data-length]').valueAsNumber, first: from('first'), second: from('second') });
 });
 find('[data-cancel]').addEventListener('click', () => {
   find('[data-measuring]').textContent = 'cancelling …';
@@ -222,6 +223,7 @@ document.addEventListener('theme', () => { if (element.isConnected) drawCurves()
 document.addEventListener('direction', ({ detail }) => {
   if (!element.isConnected) return;
   model = detail;
+  find('[data-public]').hidden = !detail.isLocal;
   find('[data-idle]').hidden = true;
   find('.measure-body').hidden = false;
   drawReport();

@@ -25,6 +25,7 @@ function drawForm() {
   const [first, second] = classNames();
   find('[data-own]').hidden = prompts === 'app';
   find('[data-lists]').hidden = prompts !== 'lists';
+  find('[data-hub]').hidden = prompts !== 'hub';
   for (const node of [find('[data-file]'), find('[data-file-meaning]')]) node.hidden = prompts !== 'file';
   find('[data-names]').hidden = !isContrast();
   find('[data-refusal-tokens]').hidden = isContrast() || byCosine();
@@ -32,8 +33,8 @@ function drawForm() {
   find('[data-by-meaning]').textContent = byCosine()
     ? 'No prompt is left out, and what replies begin with is not looked at: the candidate is taken with which harmless prompts come to resemble harmful ones most, and without which harmful prompts come to resemble harmless ones.'
     : 'Where its refusal tokens say nothing, or nothing bypasses refusal, COSMIC chooses, and the page says so; tokens of your own are kept to.';
-  find('[data-called="first"]').textContent = first;
-  find('[data-called="second"]').textContent = second;
+  all('[data-called="first"]').forEach((node) => { node.textContent = first; });
+  all('[data-called="second"]').forEach((node) => { node.textContent = second; });
   find('[data-kind-meaning]').textContent = isContrast()
     ? `The direction is the mean of ${first} minus the mean of ${second}, whatever the model does with them: nothing is filtered, no refusal tokens are needed, and the place is where prompts held out lie furthest apart. Take any other cell afterwards. “Refused”, “starts like a refusal”, bypass, induce and KL mean nothing for it.`
     : byCosine() ? 'The direction is the mean of the harmful prompts minus the mean of the harmless ones; who chooses the place is said below.'
@@ -119,11 +120,12 @@ async function textOf(file) {
 
 function startSearch() {
   const own = chosen('prompts');
+  const written = (which) => ({ lists: list(which).value, hub: find(`[data-list-of="${which}"]`).value })[own] || '';
   const sent = {
     prompts: own,
     kind: isContrast() ? 'contrast' : 'refusal',
-    first: own === 'lists' ? list('first').value : '',
-    second: own === 'lists' ? list('second').value : '',
+    first: written('first'),
+    second: written('second'),
     first_name: find('[data-first-name]').value,
     second_name: find('[data-second-name]').value,
     file_name: own === 'file' && labelled ? labelled.name : '',
@@ -197,6 +199,7 @@ find('[data-reset-tokens]').addEventListener('click', () => {
   drawTokens();
   find('[data-token]').focus();
 });
+document.addEventListener('direction', ({ detail }) => { if (element.isConnected) find('[data-public]').hidden = !detail.isLocal; });
 document.addEventListener('search', ({ detail }) => { if (element.isConnected && detail) sought(detail); });
 document.addEventListener('token', ({ detail }) => {
   if (!element.isConnected || !detail) return;

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from refusal_core.chat_model import THINKING, ChatModel
 from refusal_core.directions import Source
+from refusal_core.prompts import is_public
 from refusal_core.selection import COSMIC, KL_LIMIT, LAYER_SHARE, CandidateScore, Choice, Found, Progress, Rule
 from refusal_core.ui.engine import Failed, Ready, Status
 
@@ -102,9 +103,9 @@ def _prompts(source: Source) -> str:
         return "prompts that the file does not name"
     if source.contrast:
         return f"{source.n_harmful} and {source.n_harmless} prompts of its two classes"
-    if source.chosen_by:
-        return f"{source.n_harmful} harmful and {source.n_harmless} harmless prompts, whatever the model does with them"
-    return f"{source.n_harmful} harmful and {source.n_harmless} harmless prompts that the untouched model treats as expected"
+    public = f" of {source.prompts}" if is_public(source.prompts) else ""
+    which = "whatever the model does with them" if source.chosen_by else "that the untouched model treats as expected"
+    return f"{source.n_harmful} harmful and {source.n_harmless} harmless prompts{public}{',' if source.chosen_by else ''} {which}"
 
 
 def tokens_view(model: ChatModel, found: Found) -> list[dict]:

@@ -20,7 +20,7 @@ from refusal_core.directions import ZERO_NORM, Direction, DirectionError
 from refusal_core.findings import find_or_recall
 from refusal_core.geometry import LayerMap, along_maps, pca_maps, turned, umap_is_loaded, umap_layout
 from refusal_core.interventions import Intervention
-from refusal_core.prompts import PromptError, PromptSet, load_prompts
+from refusal_core.prompts import PromptError, PromptSet, is_public, load_prompts, pinned
 from refusal_core.selection import CandidateScore, Found, Progress
 
 EMBEDDED = "embedded model"
@@ -229,6 +229,9 @@ class Engine:
             self._say(status)
 
     def _find(self, model: ChatModel) -> Status:
+        if is_public(self.prompts):
+            self._say(Progress("fetching the prompts", 0, 0))
+        self.prompts = pinned(self.prompts)
         train, val = load_prompts("train", self.prompts), load_prompts("val", self.prompts)
         for news in find_or_recall(model, train, val, stop=self._closing):
             if isinstance(news, Found):

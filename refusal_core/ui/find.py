@@ -2,7 +2,7 @@
 
 from refusal_core.activations import template_prefix
 from refusal_core.directions import DirectionError
-from refusal_core.prompts import CLASSES, PromptError
+from refusal_core.prompts import CLASSES, PromptError, is_public
 from refusal_core.selection import KL_LIMIT, LAYER_SHARE, CandidateScore, Found, Rule, broken_rules
 from refusal_core.ui.bar import BROKEN, BY_COSINE, tokens_view
 from refusal_core.ui.engine import Cell, Ready, is_known
@@ -84,7 +84,8 @@ def _origin(ready: Ready) -> str:
         ]
         return " and ".join(said)
 
-    head = f"From {ready.own or 'the app’s prompts'}: {many('train')} prompts to train on, {many('val')} to choose by"
+    public = f" ({found.prompts.source})" if not ready.own and is_public(found.prompts.source) else ""
+    head = f"From {ready.own or 'the app’s prompts'}{public}: {many('train')} prompts to train on, {many('val')} to choose by"
     if found.direction.source.contrast:
         return (
             f"{head}. This is not a refusal direction: it is the mean of the {classes[0]} prompts minus that of the "

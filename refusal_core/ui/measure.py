@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from refusal_core.evaluation import (
     Damage,
@@ -17,9 +17,10 @@ from refusal_core.evaluation import (
 from refusal_core.interventions import Kind
 from refusal_core.metrics import wilson
 from refusal_core.plots import dose_figure
-from refusal_core.prompts import PromptError
+from refusal_core.prompts import Prompt, PromptError, PromptSet, in_split
 from refusal_core.selection import Progress
 from refusal_core.ui.engine import Ready
+from refusal_core.ui.search import asked_public
 
 FEWEST, MOST = 5, 100
 N_CURVE = 12
@@ -28,11 +29,16 @@ N_CURVE = 12
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to be measured: `n` test prompts of each class, replies of at most `max_new_tokens`."""
+    """What is to be measured: `n` test prompts of each class, replies of at most `max_new_tokens`.
+
+    The prompts are those that are set aside, or of the lists of the hub that `first` and `second` name.
+    """
 
     run: int
     n: int
     max_new_tokens: int
+    first: str = ""
+    second: str = ""
 
     @classmethod
     def read(cls, sent: Mapping[str, object], most_tokens: int) -> "Wish":
@@ -45,14 +51,23 @@ class Wish:
                 said = {"n": "The number of prompts", "max_new_tokens": "The longest reply"}.get(name, "The run")
                 raise PromptError(f"{said} is a whole number from {low} to {high}: set it again.")
             values[name] = value
-        return cls(**values)
+        return cls(
+            **values, **{name: value for name in ("first", "second") if isinstance(value := sent.get(name), str)}
+        )
 
 
-def measured(ready: Ready, wish: Wish, stop: threading.Event) -> Iterator[dict]:
-    """Progress, the rates, and the curves by strength with what each costs; ends early when `stop` is set."""
+def measured(ready: Ready, wish: Wish, stop: threading.Event, *, local: bool = False) -> Iterator[dict]:
+    """Progress, the rates, and the curves by strength with what each costs; ends early when `stop` is set.
+
+    Lists of the hub are fetched if the page is `local`. Raises PromptError for those that cannot be had.
+    """
     model, direction, tokens = ready.model, ready.direction, ready.found.refusal_tokens
-    prompts = ready.examples.draw(wish.n)
     head = {"run": wish.run, "model": model.name}
+    examples = ready.examples
+    if wish.first or wish.second:
+        yield head | _progress(Progress("fetching the prompts", 0, 1))
+        examples = unseen(ready, *asked_public(wish.first, wish.second, local))
+    prompts = examples.draw(wish.n)
     for news in evaluate(
         model, prompts, paper_rows(direction), rules="default", max_new_tokens=wish.max_new_tokens, stop=stop
     ):
@@ -83,6 +98,14 @@ def measured(ready: Ready, wish: Wish, stop: threading.Event) -> Iterator[dict]:
         yield head | {"cancelled": True}
     else:
         yield head | {"curves": curves, "damage_markdown": damage_table(damages)}
+
+
+def unseen(ready: Ready, prompts: Sequence[Prompt], source: str) -> PromptSet:
+    """Those of `prompts` that the direction was neither made from nor chosen by, as a test set; `source` says how many."""
+    seen = {t for p in (ready.found.prompts, ready.found.validation) for t in (*p.harmful, *p.harmless)}
+    left = [replace(p, split="test") for p in prompts if p.text not in seen]
+    said = f"{source}, without {n} that the direction was found with" if (n := len(prompts) - len(left)) else source
+    return in_split(left, "test", said)
 
 
 def _progress(progress: Progress) -> dict:

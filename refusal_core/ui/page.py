@@ -243,8 +243,11 @@ class Handlers:
         echo = {"run": sent["run"], "nonce": time.monotonic_ns()}
         try:
             engine, ready = self._ready(Visit(visit.model))
-            wish = Search.read(sent, ready.model)
-            stop = self._stops.begin(_work_of(session, "search"), wish.run)
+            run = sent["run"] if isinstance(sent["run"], int) else 0
+            stop = self._stops.begin(_work_of(session, "search"), run)
+            if sent["prompts"] == "hub":
+                yield *unchanged, echo | {"searching": ["fetching the prompts", 0, 0]}
+            wish = Search.read(sent, ready.model, local=self._engines.any_model)
             for news in search(ready, wish, engine.prompts, stop):
                 if isinstance(news, Progress):
                     yield *unchanged, echo | {"searching": [news.stage, news.done, news.total]}
@@ -338,12 +341,12 @@ class Handlers:
 
     def measure(self, visit: Visit, event: gr.EventData, request: gr.Request) -> Iterator[dict]:
         """Rates and curves, with progress."""
-        sent = {name: getattr(event, name, None) for name in ("run", "n", "max_new_tokens")}
+        sent = {name: getattr(event, name, None) for name in ("run", "n", "max_new_tokens", "first", "second")}
         try:
             wish = Wish.read(sent, self._most_tokens)
             _, ready = self._ready(visit)
             stop = self._stops.begin(_work_of(str(request.session_hash), "measure"), wish.run)
-            yield from measured(ready, wish, stop)
+            yield from measured(ready, wish, stop, local=self._engines.any_model)
         except (PromptError, ModelError) as error:
             yield {"run": sent["run"], "error": str(error), "nonce": time.monotonic_ns()}
 

@@ -20,6 +20,7 @@ from refusal_core.prompts import (
     load_prompts,
     parse_file,
     parse_lists,
+    read_public,
 )
 from refusal_core.selection import By, Found, Progress, find_contrast, find_direction
 from refusal_core.ui.engine import Ready, filled
@@ -30,6 +31,7 @@ FEWEST, MOST = 12, 1_000
 
 MOST_CHARACTERS = 400_000
 MOST_NAME = 40
+MOST_ADDRESS = 500
 MOST_TOKENS = 16
 MOST_KEPT = 4
 
@@ -50,13 +52,16 @@ class Search:
     by: By | None = None
 
     @classmethod
-    def read(cls, sent: Mapping[str, object], model: ChatModel) -> "Search":
-        """The search in what a browser sent, which may be anything; raises PromptError with the line or the field."""
+    def read(cls, sent: Mapping[str, object], model: ChatModel, *, local: bool = False) -> "Search":
+        """The search in what a browser sent, which may be anything; raises PromptError with the line or the field.
+
+        Lists of the hub are fetched here, if the page is `local`: open to nobody but this machine's user.
+        """
         run = sent.get("run")
         if type(run) is not int:
             raise PromptError("The page asked for a search without a number: reload it.")
         classes = _classes(sent)
-        given, name = _given(sent, classes)
+        given, name = _given(sent, classes, local)
         prompts = distinct(given)
         for wanted, cls_name in ((True, classes[0]), (False, classes[1])) if given else ():
             n = sum(p.harmful == wanted for p in prompts)
@@ -84,7 +89,7 @@ def _classes(sent: Mapping[str, object]) -> tuple[str, str]:
     return first, second
 
 
-def _given(sent: Mapping[str, object], classes: tuple[str, str]) -> tuple[list[Prompt], str]:
+def _given(sent: Mapping[str, object], classes: tuple[str, str], local: bool) -> tuple[list[Prompt], str]:
     """The prompts that were sent, and what they are from; none where the app's own are meant."""
     fields = [sent.get(key) for key in ("first", "second", "file_name", "file_text")]
     first, second, file_name, file_text = (value if isinstance(value, str) else "" for value in fields)
@@ -103,11 +108,24 @@ def _given(sent: Mapping[str, object], classes: tuple[str, str]) -> tuple[list[P
         if not given:
             raise PromptError(f"{file_name} has no prompt in it: choose another file.")
         return given, file_name
+    if sent.get("prompts") == "hub":
+        return asked_public(first, second, local)
     if classes != CLASSES:
         raise PromptError(
             "The app’s prompts are harmful and harmless ones: give two lists, or a file, for other classes."
         )
     return [], "the app’s prompts"
+
+
+def asked_public(first: str, second: str, local: bool) -> tuple[list[Prompt], str]:
+    """The prompts of lists of the hub that a browser names; raises PromptError, also where the page is open to others."""
+    if not local:
+        raise PromptError(
+            "Where others can open the page nothing is fetched from the hub: paste the prompts, or give a file."
+        )
+    if max(len(first), len(second)) > MOST_ADDRESS:
+        raise PromptError(f"The address of a list has at most {MOST_ADDRESS} characters: shorten it.")
+    return read_public(first, second)
 
 
 def _check_length(prompt: Prompt, model: ChatModel) -> None:

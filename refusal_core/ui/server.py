@@ -1,7 +1,7 @@
 """The app as a program: its command line, what its server lets through, how it starts and ends.
 
-Nothing leaves the machine unless a hub id or `--share` asks for it: the page may load from and talk to its own server only, and its policy says so to the
-browser. Only what the page needs is served; uploads are closed because nothing uploads.
+Nothing leaves the machine unless a hub id, a public list or `--share` asks for it: the page may load from and talk to its
+own server only, and its policy says so to the browser. Only what the page needs is served; uploads are closed because nothing uploads.
 """
 
 import argparse
@@ -120,7 +120,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="app.py", description="Explore the refusal direction of a chat model.")
     parser.add_argument("--model", default=str(ORGANISM), help="folder or hub id; default: the embedded toy model")
     parser.add_argument(
-        "--prompts", default="embedded", help="a .jsonl, .json or .csv file; default: the embedded lists"
+        "--prompts",
+        default="embedded",
+        help="a .jsonl, .json or .csv file, or a public list of the Hugging Face hub, such as jailbreakbench; default: the "
+        "embedded lists",
     )
     parser.add_argument("--host", help="address to listen on; default: 127.0.0.1, only this machine")
     parser.add_argument("--port", type=int, help="port; default: the first free one from 7860")
