@@ -104,7 +104,7 @@ def test_exported_weights_are_a_row_that_does_what_the_hooks_do(
 ):
     export(model, found.direction, tmp_path / "mine")
     rows = [None, Intervention(found.direction, "ablate")]
-    *_, last = evaluate(model, few, rows, exported=[tmp_path / "mine"], max_new_tokens=12)
+    *_, last = evaluate(model, few.draw(5), rows, exported=[tmp_path / "mine"], max_new_tokens=8)
     assert isinstance(last, Report)
     for harmful in (True, False):
         unchanged, hooks, weights = (rate for rate in last.rates if rate.harmful == harmful)
