@@ -133,15 +133,13 @@ def _each_layer(
         for name in ("conv_states", "recurrent_states") if isinstance(layer, LinearAttentionLayer) else ():
             states = [getattr(a, name) for a in layers]
             # New dictionaries: the copied layer has those of the one it was copied from.
-            setattr(
-                layer, name, {i: s if s is None else make_state([a[i] for a in states]) for i, s in states[0].items()}
-            )
-        if (
-            isinstance(layer, DynamicLayer) and layer.is_initialized
-        ):  # those that share another layer's keys and values have none of their own
-            layer.keys, layer.values = make([a.keys for a in layers]), make([a.values for a in layers])
+            made_states = {i: s if s is None else make_state([a[i] for a in states]) for i, s in states[0].items()}
+            setattr(layer, name, made_states)
         if hasattr(layer, "cumulative_length"):  # a window counts the tokens that have left it, too
             layer.cumulative_length = length
+        # Those that share another layer's keys and values have none of their own.
+        if isinstance(layer, DynamicLayer) and layer.is_initialized:
+            layer.keys, layer.values = make([a.keys for a in layers]), make([a.values for a in layers])
         made.layers.append(layer)
     return made
 

@@ -892,8 +892,8 @@ def test_rates_and_curves_are_measured_with_transcripts_and_files(tab, ready, tm
     assert len(measured["curves"]["damage"]["cross_entropy"]) == 11 == len(measured["curves"]["damage"]["repetition"])
     assert not [name for curve in measured["curves"].values() for name in curve if name.endswith("_figure")]
     assert (
-        saved["Markdown"].count("| direction removed | ") == 11
-        and saved["Markdown"].count("| direction added | ") == 21
+        saved["Markdown"].count("\n| direction removed | ") == 11
+        and saved["Markdown"].count("\n| direction added | ") == 21
     )
     assert "| harmless | direction added 1× | 6 | 100.0%" in saved["Markdown"] and "toy" in saved["Markdown"]
     report = tab.context.new_page()

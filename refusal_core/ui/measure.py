@@ -44,16 +44,15 @@ class Wish:
     def read(cls, sent: Mapping[str, object], most_tokens: int) -> "Wish":
         """The wish in what a browser sent, which may be anything; raises PromptError and names the field."""
         limits = {"run": (0, 2**53), "n": (FEWEST, MOST), "max_new_tokens": (1, most_tokens)}
-        values = {}
+        values: dict[str, int] = {}
         for name, (low, high) in limits.items():
             value = sent.get(name)
             if type(value) is not int or not low <= value <= high:
                 said = {"n": "The number of prompts", "max_new_tokens": "The longest reply"}.get(name, "The run")
                 raise PromptError(f"{said} is a whole number from {low} to {high}: set it again.")
             values[name] = value
-        return cls(
-            **values, **{name: value for name in ("first", "second") if isinstance(value := sent.get(name), str)}
-        )
+        first, second = (str(sent.get(name) or "") for name in ("first", "second"))
+        return cls(**values, first=first, second=second)
 
 
 def measured(ready: Ready, wish: Wish, stop: threading.Event, *, local: bool = False) -> Iterator[dict]:
