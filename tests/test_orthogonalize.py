@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HARMFUL, HARMLESS, Plain
+from families import build
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
-from refusal_core.directions import Direction
+from refusal_core.directions import Direction, Source
 from refusal_core.generation import stream_side_by_side
 from refusal_core.interventions import Intervention
 from refusal_core.orthogonalize import ExportReport, export, orthogonalize, without
@@ -109,6 +110,14 @@ def test_a_checkpoint_in_shards_is_edited_shard_by_shard(
     report = export(sharded, moved, tmp_path / "edited")
     assert report.max_logit_difference < 1e-3, "float32 weights reproduce the hooks up to rounding"
     assert report.exact and report.same_first_token == 1
+
+
+def test_a_linear_attention_is_edited_like_any_other(tmp_path):
+    model = ChatModel.load(build("Qwen 3.5 (hybrid)", tmp_path / "hybrid"), device="cpu")
+    r = torch.randn(model.d_model, generator=torch.Generator().manual_seed(1))
+    direction = Direction.from_difference(r, Source(model.name, fingerprint=model.fingerprint, layer=1))
+    report = export(model, direction, tmp_path / "edited")
+    assert report.edited == len(model.writers) and report.exact and report.same_first_token == 1
 
 
 def test_orthogonalize_gives_a_new_model_and_leaves_the_old_one(model: ChatModel, direction: Direction):
