@@ -8,7 +8,7 @@ Each is also a program of its own, such as `python -m benchmarks.find --repeats 
 import argparse
 from pathlib import Path
 
-from benchmarks import find, forecast, hooks, painted, reading, side_by_side, start, visitors
+from benchmarks import find, forecast, growth, hooks, memory, painted, reading, side_by_side, start, visitors
 from benchmarks.subjects import subject
 from benchmarks.timing import machine
 
@@ -34,6 +34,10 @@ def main() -> None:
         measured = benchmark.measure(chosen, repeats)
         doc = (benchmark.__doc__ or "").strip()
         parts.append(f"## {measured.title}: {chosen.name}\n\n{doc}\n\n{measured.as_markdown()}\n\n{repeats} × in turn.")
+        print(parts[-1], flush=True)
+    for benchmark in (growth, memory) if only is None else ():
+        measured = benchmark.measure()
+        parts.append(f"## {measured.title}\n\n{(benchmark.__doc__ or '').strip()}\n\n{measured.as_markdown()}")
         print(parts[-1], flush=True)
     (Path(__file__).parent / "RESULTS.md").write_text("# Benchmarks\n\n" + "\n\n".join(parts) + "\n", "utf-8")
 

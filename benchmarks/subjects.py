@@ -51,6 +51,13 @@ def subject(name: str) -> Subject:
 
 
 def _half_billion() -> Subject:
+    model = half_billion()
+    plain = AutoModelForCausalLM.from_config(model._model.config, dtype=model.dtype).eval().to(model.device)
+    plain.load_state_dict(model._model.state_dict())
+    return Subject(model.name, model, plain)
+
+
+def half_billion() -> ChatModel:
     """Random weights; the embedded model's tokenizer, whose tokens are the first of a vocabulary of 151,936."""
     tokenizer = AutoTokenizer.from_pretrained(ORGANISM)
     config = Qwen2Config(
@@ -70,9 +77,5 @@ def _half_billion() -> Subject:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     made = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(device)
-    plain = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(device)
-    plain.load_state_dict(made.state_dict())
     name = f"random weights in the shape of Qwen2.5-0.5B on {device}"
-    return Subject(
-        name, ChatModel(made, tokenizer, name=name, revision=None, fingerprint="random", folder=ORGANISM), plain
-    )
+    return ChatModel(made, tokenizer, name=name, revision=None, fingerprint="random", folder=ORGANISM)

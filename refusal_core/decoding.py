@@ -130,16 +130,17 @@ def _each_layer(
     made.layers = []
     for layers in zip(*(cache.layers for cache in caches), strict=True):
         layer: Any = copy.copy(layers[0])
-        for name in ("conv_states", "recurrent_states") if isinstance(layer, LinearAttentionLayer) else ():
+        is_linear = isinstance(layers[0], LinearAttentionLayer)
+        for name in ("conv_states", "recurrent_states") if is_linear else ():
             states = [getattr(a, name) for a in layers]
             # New dictionaries: the copied layer has those of the one it was copied from.
-            made_states = {i: s if s is None else make_state([a[i] for a in states]) for i, s in states[0].items()}
-            setattr(layer, name, made_states)
+            made_of = {i: s if s is None else make_state([a[i] for a in states]) for i, s in states[0].items()}
+            setattr(layer, name, made_of)
+        # Layers that share another one's keys and values have none of their own.
+        if not is_linear and layer.is_initialized:
+            layer.keys, layer.values = make([a.keys for a in layers]), make([a.values for a in layers])
         if hasattr(layer, "cumulative_length"):  # a window counts the tokens that have left it, too
             layer.cumulative_length = length
-        # Those that share another layer's keys and values have none of their own.
-        if isinstance(layer, DynamicLayer) and layer.is_initialized:
-            layer.keys, layer.values = make([a.keys for a in layers]), make([a.values for a in layers])
         made.layers.append(layer)
     return made
 

@@ -19,7 +19,7 @@ from torch import Tensor
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions)\.weight$")
 WRITER = re.compile(
-    r"\.(self_attn|attn|attention|mlp|feed_forward|block_sparse_moe|experts\.\d+|shared_experts?|shared_mlp)"
+    r"\.(self_attn|linear_attn|attn|attention|mlp|feed_forward|block_sparse_moe|experts\.\d+|shared_experts?|shared_mlp)"
     r"\.(o_proj|out_proj|c_proj|dense|down_proj|dense_4h_to_h|fc2|w2|output_linear)\.(weight|bias)$"
 )
 FUSED = re.compile(r"\.experts\.(down_proj|w2)(\.weight)?$")

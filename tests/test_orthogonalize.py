@@ -110,6 +110,14 @@ def test_a_checkpoint_in_shards_is_edited_shard_by_shard(
     assert report.exact and report.same_first_token == 1
 
 
+def test_a_linear_attention_is_edited_like_any_other(tmp_path):
+    model = ChatModel.load(build("Qwen 3.5 (hybrid)", tmp_path / "hybrid"), device="cpu")
+    r = torch.randn(model.d_model, generator=torch.Generator().manual_seed(1))
+    direction = Direction.from_difference(r, Source(model.name, fingerprint=model.fingerprint, layer=1))
+    report = export(model, direction, tmp_path / "edited")
+    assert report.edited == len(model.writers) and report.exact and report.same_first_token == 1
+
+
 def test_orthogonalize_gives_a_new_model_and_leaves_the_old_one(model: ChatModel, direction: Direction):
     before = model.logits(PROMPTS)
     edited = orthogonalize(model, direction)

@@ -9,12 +9,14 @@ import torch
 from conftest import Plain
 from families import build
 from sklearn.metrics import roc_auc_score
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from refusal_core.chat_model import ChatModel
 from refusal_core.interventions import Intervention
 from refusal_core.metrics import refusal_probability
 from refusal_core.prompts import PromptError, PromptSet, load_prompts
 from refusal_core.selection import (
+    BATCH_TOKENS,
     CandidateScore,
     Found,
     Progress,
@@ -381,6 +383,34 @@ def test_what_the_rule_finds_is_offered_unless_nothing_bypasses(found: Found):
     assert choose([made(-1, 2, bypass=0.5)], n_layers=10).bypasses, (
         "a choice that passed every rule is not second-guessed"
     )
+
+
+@pytest.mark.parametrize("by", ["rule", "cosmic"])
+def test_only_the_last_position_goes_through_the_unembedding(model: ChatModel, by):
+    """No tensor of prompts × positions × vocabulary is made, in whatever order: that is what fills a memory."""
+    train, val = part(load_prompts("train"), 4), part(load_prompts("val"), 2)
+    with Sizes(model) as sizes:
+        list(find_direction(model, train, val, by=by))
+    assert sizes.rows > 4, "there must have been logits of several prompts at once"
+    assert sizes.rows <= BATCH_TOKENS // min(len(model.render(t)) for t in val.harmful + val.harmless)
+
+
+class Sizes(TorchDispatchMode):
+    """Watches what operations make: of tensors with the vocabulary as last dimension, the most rows of one.
+
+    The unembedding itself, turned, is d_model × d_vocab, and no logits.
+    """
+
+    def __init__(self, model: ChatModel) -> None:
+        super().__init__()
+        self.d_vocab, self.d_model, self.rows = model.d_vocab, model.d_model, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for x in made if isinstance(made, tuple | list) else (made,):
+            if torch.is_tensor(x) and x.ndim > 1 and x.shape[-1] == self.d_vocab and x.shape[0] != self.d_model:
+                self.rows = max(self.rows, x.numel() // self.d_vocab)
+        return made
 
 
 def test_cosmic_can_be_stopped(model: ChatModel):
