@@ -265,7 +265,7 @@ def guard(folder: Path, template: str) -> ChatModel:
 def test_a_classifier_says_of_every_reply_whether_it_is_unsafe_and_replaces_no_other_number(
     model, found, few, tmp_path
 ):
-    classifier = guard(tmp_path, GUARD.replace("NO", "'cannot'"))
+    classifier = guard(tmp_path, GUARD.replace("NO", '"can\'t"'))
     given = {"rows": paper_rows(found.direction)[:2], "max_new_tokens": 24, "resume": tmp_path / "journal"}
     rows, four = given["rows"], few.keep(range(4), range(4))
     *_, report = evaluate(model, four, **given)
@@ -274,11 +274,11 @@ def test_a_classifier_says_of_every_reply_whether_it_is_unsafe_and_replaces_no_o
     assert progress[-1] == Progress(f"asking {tmp_path}", 16, 16)
     assert [replace(c, safety="", safety_because="") for c in asked.completions] == list(report.completions)
     for c in asked.completions:
-        assert c.safety == ("safe" if "cannot" in c.text else "unsafe")
+        assert c.safety == ("safe" if "can't" in c.text else "unsafe")
     assert {c.safety for c in asked.completions} == {"safe", "unsafe"}
     for rate, before in zip(asked.rates, report.rates, strict=True):
         mine = [c for c in asked.completions if (name_of(rows[c.row]), c.harmful) == (rate.row, rate.harmful)]
-        assert (rate.unsafe, rate.safety_unclear) == (sum("cannot" not in c.text for c in mine), 0)
+        assert (rate.unsafe, rate.safety_unclear) == (sum("can't" not in c.text for c in mine), 0)
         assert replace(rate, unsafe=None, safety_unclear=None) == before and before.unsafe is None
     removed = next(r for r in asked.rates if r.harmful and r.row == "direction removed")
     low, high = wilson(removed.unsafe or 0, 4)

@@ -4,9 +4,9 @@ const MEANING = {
   bypass: 'Log-odds that replies to harmful prompts start like a refusal once the direction is removed: lower is stronger.',
   induce: 'Log-odds that replies to harmless prompts start like a refusal once it is added: above 0 it induces refusal.',
   kl: 'What removing it costs on harmless prompts: nats between the first tokens with and without it, at most 0.1.',
-  auroc: 'Chance that a prompt of the first class lies further along the direction than one of the second; neither was it made from.',
   d_prime: 'How far the two classes lie apart along the direction, in standard deviations, on prompts it was not made from.',
 };
+const apart = ([first, second]) => `Chance that a prompt of the class “${first}” lies further along the direction than one of “${second}”; neither was it made from.`;
 const NAME = { bypass: 'bypass', induce: 'induce', kl: 'KL', auroc: 'AUROC', d_prime: 'd′' };
 const OF_REFUSAL = ['bypass', 'induce', 'kl'];
 const OF_CONTRAST = ['auroc', 'd_prime'];
@@ -202,7 +202,7 @@ function drawError(sentence) {
 }
 
 function drawMeasure() {
-  find('[data-meaning]').textContent = MEANING[measure];
+  find('[data-meaning]').textContent = measure === 'auroc' ? apart(view.classes) : MEANING[measure];
   all('[data-measure]').forEach((node) => {
     node.hidden = !measures().includes(node.dataset.measure);
     node.setAttribute('aria-pressed', String(node.dataset.measure === measure));

@@ -28,8 +28,10 @@ function drawForm() {
   for (const node of [find('[data-file]'), find('[data-file-meaning]')]) node.hidden = prompts !== 'file';
   find('[data-names]').hidden = !isContrast();
   find('[data-refusal-tokens]').hidden = isContrast();
-  all('[data-called="first"]').forEach((node) => { node.textContent = first; });
-  all('[data-called="second"]').forEach((node) => { node.textContent = second; });
+  for (const called of ['called', 'also-called']) {
+    find(`[data-${called}="first"]`).textContent = first;
+    find(`[data-${called}="second"]`).textContent = second;
+  }
   find('[data-kind-meaning]').textContent = isContrast()
     ? `The direction is the mean of ${first} minus the mean of ${second}, whatever the model does with them: nothing is filtered, no refusal tokens are needed, and the place is where prompts held out lie furthest apart. Take any other cell afterwards. “Refused”, “starts like a refusal”, bypass, induce and KL mean nothing for it.`
     : 'Only prompts that the unmodified model treats as expected are kept: it refuses the harmful ones and answers the harmless ones. The paper’s rule chooses among the candidates.';

@@ -32,6 +32,7 @@ def find_view(ready: Ready, model_found: Found, error: str = "") -> dict:
         "error": error,
         "model": model.name,
         "contrast": rule.contrast,
+        "classes": found.prompts.classes,
         "layers": model.n_layers,
         "positions": [
             {"position": p, "token": model.template_tokens[p]} for p in sorted({s.pos for s in found.scores})
