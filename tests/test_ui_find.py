@@ -23,6 +23,7 @@ from test_ui import (
     chromium,
     idle,
     open_find,
+    open_map,
     open_tab,
     replies,
     running,
@@ -38,6 +39,7 @@ from refusal_core.selection import Progress
 from refusal_core.ui.bar import bar_view
 from refusal_core.ui.engine import Engine, Engines, Ready, filled
 from refusal_core.ui.find import MOST_SHOWN, asked_cell, find_view, rendered_view
+from refusal_core.ui.map import map_view
 from refusal_core.ui.measure import Wish, measured, unseen
 from refusal_core.ui.page import Handlers, Visit
 from refusal_core.ui.search import FEWEST, MOST, MOST_CHARACTERS, MOST_KEPT, Search, Searches, search
@@ -196,11 +198,18 @@ def test_own_lists_give_a_refusal_direction_of_their_own_prompts_and_set_some_as
     assert origin.startswith("From your lists: ") and "12 prompts are set aside" in origin
 
 
-def test_a_contrast_is_measured_on_the_apps_prompts_and_refusals_keep_their_tokens(ready, contrast):
+def test_a_contrast_is_measured_on_the_apps_prompts_and_refusals_keep_their_tokens(engine, ready, contrast):
     assert contrast.found.refusal_tokens == ready.found.refusal_tokens
     assert contrast.examples is ready.examples
     shown = find_view(contrast, ready.found)
     assert shown["contrast"] == "question − order" and "This is not a refusal direction" in shown["origin"]
+    classes = {"harmful": "question", "harmless": "order"}
+    assert shown["classes"] == ("question", "order") and map_view(engine, contrast)["classes"] == classes
+    bar = bar_view(contrast)["direction"]
+    assert (
+        bar["classes"] == ("question", "order") and "the class “question” lies further" in bar["scores"][0]["meaning"]
+    )
+    assert map_view(engine, ready)["classes"] == {name: name for name in ("harmful", "harmless")}
     assert shown["unknown"] == 0 and [step["left"] for step in shown["funnel"]] == [50, 45, 35, 1]
 
 
@@ -313,6 +322,13 @@ def test_lists_of_the_hub_are_read_only_where_nobody_else_can_open_the_page(read
     left = unseen(replace(ready, found=found), wish.prompts, wish.name)
     assert (len(left.harmful), len(left.harmless)) == (20, 23) and not {*left.harmful} & {*found.prompts.harmful}
     assert left.source == f"{wish.name}, without 5 that the direction was found with"
+
+
+def text_of(tab: Page, part: str) -> str:
+    """What a part of the page says, hidden or not, titles and labels included."""
+    read = "all => all.flatMap((n) => [n.title, n.ariaLabel, ...[...n.childNodes].filter((c) => c.nodeType === 3)\
+      .map((c) => c.data)]).filter(Boolean).join(' ')"
+    return tab.locator(f"{part}, {part} *").evaluate_all(read)
 
 
 # -- a prompt as the model reads it --------------------------------------------------------------------------------
@@ -487,9 +503,33 @@ def test_two_other_classes_give_a_direction_that_says_it_is_not_about_refusal(ta
     tab.get_by_role("tab", name="Talk").click()
     idle(tab)
     expect(tab.locator(".composer [data-place]")).to_contain_text("toward question than")
+    expect(tab.locator(".token").first).to_have_attribute(
+        "title", re.compile("from the <b>order</b> to the question mean")
+    )
+    open_map(tab)
+    expect(tab.locator("#map .legend")).to_have_text(re.compile("▲ question\\s+● <b>order</b>"))
+    tab.locator("#map [data-search]").fill("e")
+    expect(tab.locator("#map [data-count]")).to_have_text(re.compile(r"“e”: \d+ question, \d+ <b>order</b>"))
+    tab.locator("#map [data-list] button").last.click()
+    expect(tab.locator("#map [data-picked]")).to_contain_text("In the composer of Talk, <b>order</b>:")
+    for axes in ("along", "turned", "pca"):
+        tab.locator("#map [data-axes]").select_option(axes)
+        expect(tab.locator("#map .map-body")).to_have_attribute("aria-busy", "false")
+        hover = tab.locator("#map [data-map]").evaluate(
+            "node => node.data.map((trace) => trace.hovertext).flat().join()"
+        )
+        assert "<i>question" in hover and "<i>&lt;b&gt;order" in hover
+        for words in (hover, text_of(tab, "#map")):
+            assert not re.search("harmful|harmless", words), words
+    tab.get_by_role("tab", name="Inside").click()
+    expect(tab.locator("#inside .toward.harmful")).to_have_text("▲ toward question")
+    assert not re.search("harmful|harmless", text_of(tab, "#inside"))
     open_find(tab)
     tab.get_by_role("button", name="Back to the app’s own").click()
     expect(tab.locator("[data-meaning-of]")).to_be_hidden()
+    open_map(tab)
+    expect(tab.locator("#map .legend")).to_have_text(re.compile("▲ harmful\\s+● harmless"))
+    expect(tab.locator("#map [data-count]")).to_be_empty()
 
 
 def test_refusal_tokens_are_taken_out_and_added_with_the_keyboard_and_are_the_visitors_own(chromium, app, tab, ready):

@@ -6,9 +6,9 @@ const MEANING = {
   kl: 'What removing it costs on harmless prompts: nats between the first tokens with and without it, at most 0.1.',
   comply: 'Cosine, where the classes are least alike, of harmful prompts without the direction to harmless prompts: higher is stronger.',
   refuse: 'Cosine, where the classes are least alike, of harmless prompts with the direction added to harmful prompts: higher is stronger.',
-  auroc: 'Chance that a prompt of the first class lies further along the direction than one of the second; neither was it made from.',
   d_prime: 'How far the two classes lie apart along the direction, in standard deviations, on prompts it was not made from.',
 };
+const apart = ([first, second]) => `Chance that a prompt of the class “${first}” lies further along the direction than one of “${second}”; neither was it made from.`;
 const NAME = { bypass: 'bypass', induce: 'induce', kl: 'KL', comply: 'comply', refuse: 'refuse', auroc: 'AUROC', d_prime: 'd′' };
 const OF_REFUSAL = ['bypass', 'induce', 'kl'];
 const OF_COSMIC = ['comply', 'refuse', 'kl'];
@@ -206,7 +206,7 @@ function drawError(sentence) {
 }
 
 function drawMeasure() {
-  find('[data-meaning]').textContent = MEANING[measure];
+  find('[data-meaning]').textContent = measure === 'auroc' ? apart(view.classes) : MEANING[measure];
   all('[data-measure]').forEach((node) => {
     node.hidden = !measures().includes(node.dataset.measure);
     node.setAttribute('aria-pressed', String(node.dataset.measure === measure));

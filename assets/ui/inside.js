@@ -101,7 +101,7 @@ function drawWriters() {
   const share = `${Math.round(100 * writers.below)} %`;
   find('[data-writers-meaning]').textContent = `What is written below layer ${writers.layer}, where the direction is read, adds up to ${share} of it there. `
     + `${writers.heads ? '' : 'In this model heads cannot be told apart: what is written is no plain sum over them. '}`
-    + `Patched: over ${writers.n_pairs} pairs, each part of a harmful run does at the template’s tokens what it did for a harmless prompt; `
+    + `Patched: over ${writers.n_pairs} pairs, each part of a run on a prompt of the class “${writers.classes[0]}” does at the template’s tokens what it did for one of “${writers.classes[1]}”; `
     + `everything together would take the refusal score from ${writers.scores[0].toFixed(1)} to ${writers.scores[1].toFixed(1)}. `.replaceAll('-', '−')
     + 'The first pass has all parts at once, from one gradient, and is right for small changes only: it can miss a part. The exact numbers are of one part patched at a time.';
   const held = document.activeElement.closest('[data-top]') && document.activeElement.textContent;
@@ -206,6 +206,8 @@ document.addEventListener('theme', () => { if (seen && view && element.isConnect
 document.addEventListener('direction', ({ detail }) => {
   if (!element.isConnected) return;
   inUse = detail.digest;
+  const toward = detail.classes.join() === 'harmful,harmless' ? ['refusing', 'answering'] : detail.classes;
+  ['harmful', 'harmless'].forEach((role, index) => { find(`[data-toward="${role}"]`).textContent = toward[index]; });
   if (view && view.direction === detail.digest && view.model === detail.model) return;
   dirty = true;
   show();

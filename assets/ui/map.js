@@ -33,7 +33,7 @@ function shownAs(text) {
 }
 
 function hoverOf(role) {
-  return view.prompts[role].map(([text, category]) => `${shownAs(text)}<br><i>${role}${category ? `, ${shownAs(category)}` : ''}</i>`);
+  return view.prompts[role].map(([text, category]) => `${shownAs(text)}<br><i>${shownAs(view.classes[role])}${category ? `, ${shownAs(category)}` : ''}</i>`);
 }
 
 /** What is to be seen: the traces of both classes and the visitor's prompt; no points while UMAP is at work. */
@@ -164,7 +164,7 @@ const CAPTIONS = {
   turned: (shares) => `PC1 holds ${percent(shares[0])} of the variance, PC2 and PC3 another ${percent(shares[1] + shares[2])}; in their plane the cloud `
     + 'is turned so that the prompts move least from layer to layer. Each layer is scaled by the spread of its prompts.',
   along: ([along, spread]) => `The direction in use holds ${percent(along)} of the variance here, and the main spread at right angles to it ${percent(spread)}. `
-    + 'Both axes count in the length of the direction, the same in every layer; 0 is the mean of the harmless prompts.',
+    + 'Both axes count in the length of the direction, the same in every layer; 0 is the mean of the ' + `${view.classes.harmless} prompts.`,
   umap: () => (isAsked(umap) && umap.figure
     ? 'UMAP keeps neighbours together; its distances, axes and gaps mean nothing. The numbers beside it are of the linear picture.'
     : `UMAP: ${isAsked(umap) ? `${umap.doing}, ${Math.round((Date.now() - umap.since) / 1000)} s` : 'asked for'} …`),
@@ -187,7 +187,7 @@ function drawNumbers() {
     return;
   }
   const rows = [
-    ['AUROC on PC1', measured.auroc_pc1, 3, 'Chance that a harmful prompt lies further along PC1 than a harmless one. PC1 never saw a label.'],
+    ['AUROC on PC1', measured.auroc_pc1, 3, `Chance that a prompt of the class “${view.classes.harmful}” lies further along PC1 than one of “${view.classes.harmless}”. PC1 never saw a label.`],
     ['AUROC on the mean difference', measured.auroc, 3, 'The same along the mean difference, on prompts it was not made from.'],
     ['d′ on the mean difference', measured.d_prime, 1, 'Distance of the two means in standard deviations, on prompts it was not made from.'],
     ['|cos(PC1, mean difference)|', measured.cos, 3, '1: the direction of largest variance is the difference between the classes.'],
@@ -223,7 +223,10 @@ function drawControls() {
   find('[data-turn-holder]').hidden = !solid();
   find('[data-drags]').hidden = solid();
   find('[data-play]').hidden = axes === 'umap'; // each layer would take seconds
-  for (const role of ROLES) find(`[data-mark="${role}"]`).textContent = MARKS[solid() ? 'solid' : 'flat'][role];
+  for (const role of ROLES) {
+    find(`[data-mark="${role}"]`).textContent = MARKS[solid() ? 'solid' : 'flat'][role];
+    find(`[data-class="${role}"]`).textContent = view.classes[role];
+  }
   for (const button of all('[data-drag]')) button.setAttribute('aria-pressed', String(button.dataset.drag === dragging));
   showYours();
 }
@@ -239,14 +242,14 @@ function list(words, chosen) {
 function drawList() {
   const chosen = ROLES.flatMap((role) => (listed ? listed[role].map((index) => [role, index]) : []));
   find('[data-count]').textContent = !listed ? '' : chosen.length
-    ? `${listed.words} ${listed.harmful.length} harmful, ${listed.harmless.length} harmless` : listed.words;
+    ? `${listed.words} ${ROLES.map((role) => `${listed[role].length} ${view.classes[role]}`).join(', ')}` : listed.words;
   find('[data-clear]').hidden = !listed;
   find('[data-list]').hidden = !chosen.length;
   find('[data-list]').replaceChildren(...chosen.map(([role, index]) => {
     const item = make('li');
     const button = make('button', undefined, `key ${role}`);
     button.type = 'button';
-    button.append(make('span', MARKS.flat[role]), make('small', ` ${role} `), view.prompts[role][index][0]);
+    button.append(make('span', MARKS.flat[role]), make('small', ` ${view.classes[role]} `), view.prompts[role][index][0]);
     button.firstChild.setAttribute('aria-hidden', 'true');
     button.title = 'Put it in the composer of Talk';
     button.addEventListener('click', () => pick(role, index));
@@ -284,7 +287,7 @@ function select(points) {
 /** Puts a prompt in the composer of Talk, where it is foretold: the star moves there. */
 function pick(role, index) {
   const [text] = view.prompts[role][index];
-  find('[data-picked]').replaceChildren(make('small', `In the composer of Talk, ${role}:`), ' ', text);
+  find('[data-picked]').replaceChildren(make('small', `In the composer of Talk, ${view.classes[role]}:`), ' ', text);
   find('[data-go]').hidden = false;
   find('[data-go]').dataset.text = text;
   document.dispatchEvent(new CustomEvent('compose', { detail: text }));
@@ -347,8 +350,10 @@ function draw() {
 /** A map that Python has sent; one that is not wanted any more is not shown, because what is wanted is on its way. */
 function arrive(next) {
   const isOther = !view || view.model !== next.model;
-  if (isOther) [layer, position, forecast, umap, listed] = [next.chosen.layer, next.position, null, null, null];
+  if (isOther) [layer, position, forecast, umap] = [next.chosen.layer, next.position, null, null];
   else if (next.position !== position || (axes !== 'umap' && next.axes !== axes)) return;
+  const areOthers = isOther || JSON.stringify(view.prompts) !== JSON.stringify(next.prompts); // then the list is of prompts that are gone
+  if (areOthers) listed = null;
   view = next;
   figures = {
     map: JSON.parse(view.map), separation: JSON.parse(view.separation),
@@ -363,7 +368,7 @@ function arrive(next) {
   drawPositions();
   drawControls();
   drawNumbers();
-  if (isOther) drawList();
+  if (areOthers) drawList();
   if (seen) drawFigures();
   if (isOther && axes !== 'umap' && view.axes !== axes) ask();
   // A position or axes that are new to the server had no star when the message was foretold.

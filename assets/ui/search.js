@@ -33,8 +33,10 @@ function drawForm() {
   find('[data-by-meaning]').textContent = byCosine()
     ? 'No prompt is left out, and what replies begin with is not looked at: the candidate is taken with which harmless prompts come to resemble harmful ones most, and without which harmful prompts come to resemble harmless ones.'
     : 'Where its refusal tokens say nothing, or nothing bypasses refusal, COSMIC chooses, and the page says so; tokens of your own are kept to.';
-  all('[data-called="first"]').forEach((node) => { node.textContent = first; });
-  all('[data-called="second"]').forEach((node) => { node.textContent = second; });
+  for (const called of ['called', 'also-called']) {
+    find(`[data-${called}="first"]`).textContent = first;
+    find(`[data-${called}="second"]`).textContent = second;
+  }
   find('[data-kind-meaning]').textContent = isContrast()
     ? `The direction is the mean of ${first} minus the mean of ${second}, whatever the model does with them: nothing is filtered, no refusal tokens are needed, and the place is where prompts held out lie furthest apart. Take any other cell afterwards. “Refused”, “starts like a refusal”, bypass, induce and KL mean nothing for it.`
     : byCosine() ? 'The direction is the mean of the harmful prompts minus the mean of the harmless ones; who chooses the place is said below.'

@@ -20,6 +20,7 @@ let turns = 0;
 let script = []; // what a link has still to ask
 let begun = false; // what the link says has been done
 let direction = ''; // the one in use
+let classes = ['harmful', 'harmless']; // whose difference it is
 let drawn = null; // the view on screen
 let opened = ''; // the model the page is open on
 let resting;
@@ -335,8 +336,8 @@ function token(pane, text, along, index) {
   const node = make('span', text, 'token');
   const toward = Math.min(1, Math.max(0, along));
   node.style.setProperty('--tint', shade(toward));
-  node.dataset.toward = toward >= 0.5 ? 'refusing' : 'answering';
-  node.title = `${signed(along)} of the way from the harmless to the harmful mean`;
+  node.dataset.toward = toward >= 0.5 ? 'refusing' : 'answering'; // the look of the underline
+  node.title = `${signed(along)} of the way from the ${classes[1]} to the ${classes[0]} mean`;
   node.addEventListener('mouseenter', () => pointAt(node.closest('.turn'), index));
   return node;
 }
@@ -386,7 +387,7 @@ function pointAt(turn, index) {
     cellOf(turn, pane).children[index]?.classList.toggle('here', node.open);
     said.push(`${NAMES[pane]} “${readable(text)}” ${signed(along)}`);
   }
-  node.querySelector('.pointed').textContent = `Token ${index + 1}: ${said.join(' · ')}. 0 is the mean of the harmless prompts, 1 that of the harmful ones.`
+  node.querySelector('.pointed').textContent = `Token ${index + 1}: ${said.join(' · ')}. 0 is the mean of the ${classes[1]} prompts, 1 that of the ${classes[0]} ones.`
     + (find('[data-tint]').value === 'inside' ? ' Inside the changed model a direction that is removed at 100 % reads the same everywhere, by construction.' : '');
 }
 
@@ -700,6 +701,7 @@ document.addEventListener('compose', (event) => {
 });
 document.addEventListener('direction', ({ detail }) => {
   const said = `at layer ${detail.layer}, position ${String(detail.position).replace('-', '−')}`;
+  if (element.isConnected) classes = detail.classes;
   if (!element.isConnected || detail.newModel || direction === detail.digest) return;
   direction = detail.digest;
   find('[data-where]').textContent = said;

@@ -88,11 +88,12 @@ def _direction_view(ready: Ready) -> dict:
         else "passed every rule",
         "passed": by_rule and found.choice.relaxed is None and not contrast and not source.chosen_by,
         "own": bool(ready.own),
+        "classes": found.prompts.classes,
         "meaning": _meaning(ready) if contrast else "",
         "rule": (_rule(found.choice, source.chosen_by) if not contrast else BY_SEPARATION)
         if by_rule
         else _by_hand(ready),
-        "scores": _scores(score) if score else [],
+        "scores": _scores(score, found.prompts.classes) if score else [],
         "prompts": _prompts(source),
         "refusal_tokens": tokens_view(ready.model, found),
     }
@@ -131,8 +132,8 @@ def _meaning(ready: Ready) -> str:
     """What the page's words mean for a direction that is not about refusal."""
     contrast, (first, second) = ready.direction.source.contrast, ready.found.prompts.classes
     read_as = (
-        f" At the dials, on the map, in the tints and in Inside read {first} for harmful, refusing and more refusal, and "
-        f"{second} for harmless, answering and less refusal; Measure asks the app’s harmful and harmless prompts."
+        f" At the dials read {first} for more refusal and {second} for less refusal; Measure asks the app’s harmful and "
+        "harmless prompts."
         if ready.found.direction.source.contrast == contrast
         else ""
     )
@@ -169,13 +170,13 @@ def _by_hand(ready: Ready) -> str:
     )
 
 
-def _scores(chosen: CandidateScore) -> list[dict]:
+def _scores(chosen: CandidateScore, classes: tuple[str, str]) -> list[dict]:
     """The chosen candidate's numbers, each with what it means."""
     rows = (
         (
             "AUROC",
             chosen.auroc,
-            "chance that a held-out prompt of the first class lies further along than one of the second",
+            f"chance that a held-out prompt of the class “{classes[0]}” lies further along than one of “{classes[1]}”",
         ),
         ("d′", chosen.d_prime, "distance of the two means in standard deviations, held-out prompts"),
         ("refuse", chosen.refuse, "cosine of harmless prompts with the direction added to harmful ones (COSMIC)"),

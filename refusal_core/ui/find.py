@@ -33,6 +33,7 @@ def find_view(ready: Ready, model_found: Found, error: str = "") -> dict:
         "model": model.name,
         "contrast": rule.contrast,
         "chosen_by": rule.chosen_by,
+        "classes": found.prompts.classes,
         "layers": model.n_layers,
         "positions": [
             {"position": p, "token": model.template_tokens[p]} for p in sorted({s.pos for s in found.scores})

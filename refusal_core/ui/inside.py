@@ -110,6 +110,7 @@ def _writers(ready: Ready, writers: Writers, first: Attribution, exact: Patching
         "layer": source.layer,
         "top": [[name, estimated[name], patched.get(name)] for name in shown],
         "scores": [first.harmful, first.harmless],
+        "classes": ready.found.validation.classes,
         "n_pairs": first.n_pairs,
     }
 

@@ -1,4 +1,4 @@
-"""Map: where harmful and harmless prompts lie in the residual stream, and how well each layer tells them apart."""
+"""Map: where the prompts of two classes lie in the residual stream, and how well each layer tells them apart."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -37,6 +37,7 @@ def map_view(engine: Engine, ready: Ready, position: object = None, axes: object
         "points": points_of(maps, axes),
         "separation": separation_by_layer(components, source.layer).to_json(),
         "claim": _claim(components),
+        "classes": {"harmful": found.prompts.classes[0], "harmless": found.prompts.classes[1]},
         "prompts": {
             "harmful": _with_categories(found.prompts.harmful, found.prompts.harmful_categories),
             "harmless": _with_categories(found.prompts.harmless, found.prompts.harmless_categories),
