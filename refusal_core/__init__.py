@@ -15,6 +15,7 @@ Each module is a room, and may import only rooms above it:
     selection       score every candidate, lazily and exactly; apply the rule; the same for any two classes
     findings        what a search found, saved and read back; the cache that makes a second start immediate
     evaluation      rates with intervals, with and without; the first token by strength (dose–response)
+    endpoints       the same chat and rates from models behind servers that speak the OpenAI protocol
     attribution     which parts write the direction, which words it raises, where each token lies along it
     orthogonalize   the ablation written into the weights; export, measured against the hooks
     geometry        PCA and separation, layer by layer; where one more prompt lies

@@ -23,6 +23,7 @@ import torch
 
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import Direction, DirectionError
+from refusal_core.endpoints import add_endpoints, evaluate_endpoints, read_endpoints
 from refusal_core.evaluation import Report, evaluate, paper_rows
 from refusal_core.findings import CACHE_VARIABLE, as_json, find_or_recall, funnel, save_found
 from refusal_core.formats import load_direction
@@ -137,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     rates.add_argument("--n", type=int, default=100, help="how many test prompts of each class; default: 100")
     rates.add_argument("--rules", choices=("paper", "default"), default="paper", help="the judge; default: the paper's")
     rates.add_argument("--resume", type=Path, metavar="FILE", help="keep finished replies here, and go on from them")
+    add_endpoints(rates)
     weights = add("export", "Write a checkpoint from whose weights the direction is removed.", given, machine)
     weights.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     return parser
@@ -166,19 +168,13 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    model = _model(options)
-    rows = paper_rows(_direction(model, options))
     prompts = _prompts("test", options).draw(options.n, options.seed)
-    report: Report = followed(
-        evaluate(
-            model,
-            prompts,
-            rows,
-            rules=options.rules,
-            max_new_tokens=options.max_new_tokens,
-            resume=options.resume,
-        )
-    )
+    how = {"rules": options.rules, "max_new_tokens": options.max_new_tokens, "resume": options.resume}
+    if pair := read_endpoints(options):
+        report: Report = followed(evaluate_endpoints(pair, prompts, **how))
+    else:
+        model = _model(options)
+        report = followed(evaluate(model, prompts, paper_rows(_direction(model, options)), **how))
     print(report.as_json() if options.json else report.as_markdown())
     return 0
 

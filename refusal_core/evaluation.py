@@ -16,7 +16,7 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +36,9 @@ from refusal_core.selection import Progress
 REMOVALS = tuple(i / 10 for i in range(11))
 ADDITIONS = (-1.0, -0.8, -0.6, -0.4, -0.2, *REMOVALS, 1.2, 1.4, 1.6, 1.8, 2.0)
 """The strengths of a curve: 11 and 21, finer where replies tend to flip; 0 and 1 are among them."""
+
+Replies = dict[int, tuple[str, Ending]]
+"""Some of the replies to a list of prompts, by index, with their endings."""
 
 MAX_TOKENS = 4096
 BATCH = 48
@@ -60,14 +63,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class Rates:
-    """One row of interventions on one class of prompts; `kl` in nats, the mean against the unchanged model."""
+    """One row of interventions on one class of prompts; `kl` in nats, the mean against the unchanged model, if known."""
 
     row: str
     harmful: bool
     n: int
     refused: int
     unclear: int
-    kl: float
+    kl: float | None
 
     @property
     def answered(self) -> int:
@@ -94,7 +97,8 @@ class Report:
         for r in self.rates:
             cls = "harmful" if r.harmful else "harmless"
             shares = " | ".join(_share(k, r.n) for k in (r.refused, r.answered, r.unclear))
-            lines.append(f"| {cls} | {r.row} | {r.n} | {shares} | {r.kl:.3f} |")
+            kl = "–" if r.kl is None else f"{r.kl:.3f}"
+            lines.append(f"| {cls} | {r.row} | {r.n} | {shares} | {kl} |")
         return "\n".join(lines)
 
     def as_json(self) -> str:
@@ -130,7 +134,7 @@ def complete(
     *,
     max_new_tokens: int,
     stop: threading.Event | None = None,
-) -> Iterator[dict[int, tuple[str, Ending]]]:
+) -> Iterator[Replies]:
     """The greedy replies to `texts`, a row of interventions each: a batch at a time, by index, with their endings.
 
     Ends early, without the replies of the batch in hand, when `stop` is set.
@@ -164,33 +168,56 @@ def evaluate(
     and PromptError for a `resume` file that is something else.
     """
     checked = model.check_rows(rows, len(rows))
-    asked = [(text, True) for text in prompts.harmful] + [(text, False) for text in prompts.harmless]
-    jobs = [(text, harmful, row) for row in range(len(checked)) for text, harmful in asked]
-    journal = _Journal(Path(resume) if resume else None)
+
+    def replies_to(texts: Sequence[str], numbers: Sequence[int]) -> Iterator[Replies]:
+        edits = [checked[number] for number in numbers]
+        return complete(model, texts, edits, max_new_tokens=max_new_tokens, stop=stop)
+
     marks = [_mark(model, row, max_new_tokens) for row in checked]
+    for news in judged_replies(prompts, marks, replies_to, rules=rules, resume=resume):
+        if isinstance(news, Progress):
+            yield news
+            continue
+        yield Report(
+            model=model.name,
+            fingerprint=model.fingerprint,
+            revision=model.revision,
+            prompts=prompts.source,
+            rules=rules,
+            max_new_tokens=max_new_tokens,
+            rates=tuple(_rates(model, prompts, checked, news)),
+            completions=news,
+        )
+
+
+def judged_replies(
+    prompts: PromptSet,
+    marks: Sequence[str],
+    complete: Callable[[Sequence[str], Sequence[int]], Iterator[Replies]],
+    *,
+    rules: Rules,
+    resume: str | Path | None,
+) -> Iterator[Progress | tuple[Completion, ...]]:
+    """Yields `Progress` and, last, the judged reply to every prompt under every row; a row by its number has its mark.
+
+    `complete` gives the replies to texts, each under the row of that number; the iteration ends early if it does. A mark
+    names what replies are made with; by it those in the file `resume` are known again.
+    """
+    asked = [(text, True) for text in prompts.harmful] + [(text, False) for text in prompts.harmless]
+    jobs = [(text, harmful, row) for row in range(len(marks)) for text, harmful in asked]
+    journal = _Journal(Path(resume) if resume else None)
     missing = [job for job in jobs if (marks[job[2]], job[0]) not in journal.replies]
     done, total = len(jobs) - len(missing), len(jobs)
     yield Progress("completing prompts", done, total)
-    texts, edits = [text for text, _, _ in missing], [checked[row] for _, _, row in missing]
-    for replies in complete(model, texts, edits, max_new_tokens=max_new_tokens, stop=stop):
+    texts = [text for text, _, _ in missing]
+    for replies in complete(texts, [row for _, _, row in missing]):
         for i, reply in replies.items():
             journal.add(marks[missing[i][2]], texts[i], *reply)
         journal.flush()
         done += len(replies)
         yield Progress("completing prompts", done, total)
-    if done < total:
-        return
-    completions = tuple(_judged(job, *journal.replies[marks[job[2]], job[0]], rules) for job in jobs)
-    yield Report(
-        model=model.name,
-        fingerprint=model.fingerprint,
-        revision=model.revision,
-        prompts=prompts.source,
-        rules=rules,
-        max_new_tokens=max_new_tokens,
-        rates=tuple(_rates(model, prompts, checked, completions)),
-        completions=completions,
-    )
+    if done == total:
+        yield tuple(_judged(job, *journal.replies[marks[job[2]], job[0]], rules) for job in jobs)
 
 
 def _judged(job: tuple[str, bool, int], text: str, ending: Ending, rules: Rules) -> Completion:
@@ -204,10 +231,15 @@ def _rates(
     for harmful, texts in ((True, prompts.harmful), (False, prompts.harmless)):
         base = model.logits(texts)
         for number, row in enumerate(rows):
-            mine = [c for c in completions if c.row == number and c.harmful == harmful]
-            refused, unclear = (sum(c.verdict == verdict for c in mine) for verdict in ("refused", "unclear"))
-            kl = kl_divergence(base, model.logits(texts, [row] * len(texts))).mean().item() if row and mine else 0.0
-            yield Rates(name_of(row), harmful, len(mine), refused, unclear, kl)
+            kl = kl_divergence(base, model.logits(texts, [row] * len(texts))).mean().item() if row and texts else 0.0
+            yield tally(name_of(row), number, harmful, completions, kl)
+
+
+def tally(name: str, row: int, harmful: bool, completions: Sequence[Completion], kl: float | None) -> Rates:
+    """The rates of the completions of one row and class."""
+    mine = [c for c in completions if c.row == row and c.harmful == harmful]
+    refused, unclear = (sum(c.verdict == verdict for c in mine) for verdict in ("refused", "unclear"))
+    return Rates(name, harmful, len(mine), refused, unclear, kl)
 
 
 def _mark(model: ChatModel, row: Row, max_new_tokens: int) -> str:

@@ -4,13 +4,14 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from refusal_core.endpoints import evaluate_endpoints
 from refusal_core.evaluation import DoseCurve, Report, dose_curve, evaluate, paper_rows
 from refusal_core.interventions import Kind
 from refusal_core.metrics import wilson
 from refusal_core.plots import dose_figure
 from refusal_core.prompts import PromptError
 from refusal_core.selection import Progress
-from refusal_core.ui.engine import Ready
+from refusal_core.ui.engine import CLOSED, Ready, Served
 
 FEWEST, MOST = 5, 100
 N_CURVE = 12
@@ -39,15 +40,18 @@ class Wish:
         return cls(**values)
 
 
-def measured(ready: Ready, wish: Wish, stop: threading.Event) -> Iterator[dict]:
+def measured(ready: Ready | Served, wish: Wish, stop: threading.Event) -> Iterator[dict]:
     """Progress, the rates, and the curves by strength; ends early when `stop` is set."""
+    if isinstance(ready, Served):
+        yield from _served(ready, wish, stop)
+        return
     model, direction, tokens = ready.model, ready.direction, ready.found.refusal_tokens
     prompts = ready.examples.draw(wish.n)
     head = {"run": wish.run, "model": model.name}
     for news in evaluate(
         model, prompts, paper_rows(direction), rules="default", max_new_tokens=wish.max_new_tokens, stop=stop
     ):
-        yield head | (_progress(news) if isinstance(news, Progress) else {"report": _report(ready, news)})
+        yield head | (_progress(news) if isinstance(news, Progress) else {"report": _report(news) | _made_with(ready)})
     curves: dict[str, dict] = {}
     asked: tuple[tuple[str, bool, Kind, Sequence[str]], ...] = (
         ("ablate", True, "ablate", prompts.harmful),
@@ -66,21 +70,37 @@ def measured(ready: Ready, wish: Wish, stop: threading.Event) -> Iterator[dict]:
         yield head | {"curves": curves}
 
 
+def _served(served: Served, wish: Wish, stop: threading.Event) -> Iterator[dict]:
+    """Progress and the rates; what else there is to measure needs hooks, and `closed` says so."""
+    head = {"run": wish.run, "model": served.name}
+    for news in evaluate_endpoints(
+        served.pair, served.examples.draw(wish.n), rules="default", max_new_tokens=wish.max_new_tokens, stop=stop
+    ):
+        yield head | (_progress(news) if isinstance(news, Progress) else {"report": _report(news)})
+    yield head | ({"cancelled": True} if stop.is_set() else {"closed": CLOSED["curves"]})
+
+
 def _progress(progress: Progress) -> dict:
     return {"measuring": [progress.stage, progress.done, progress.total]}
 
 
-def _report(ready: Ready, report: Report) -> dict:
+def _made_with(ready: Ready) -> dict:
+    return {
+        "toy": ready.is_organism,
+        "direction": asdict(ready.direction.source) | {"norm": ready.direction.norm, "digest": ready.digest},
+        "dtype": str(ready.model.dtype).removeprefix("torch."),
+    }
+
+
+def _report(report: Report) -> dict:
+    """A report without `direction` and `dtype`, which only a model here has."""
     return {
         "model": report.model,
         "fingerprint": report.fingerprint,
         "revision": report.revision,
-        "toy": ready.is_organism,
-        "direction": asdict(ready.direction.source) | {"norm": ready.direction.norm, "digest": ready.digest},
         "prompts": report.prompts,
         "rules": report.rules,
         "max_new_tokens": report.max_new_tokens,
-        "dtype": str(ready.model.dtype).removeprefix("torch."),
         "rates": [
             {
                 "row": rate.row,
