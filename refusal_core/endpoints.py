@@ -69,7 +69,8 @@ class Endpoint:
     def read(cls, url: str, model: str = "", key: str = "") -> "Endpoint":
         """The endpoint at `url` as somebody typed it; raises EndpointError for what is no address of a server."""
         try:
-            parts = urlsplit(str(httpx2.URL(url.strip())))
+            parts = urlsplit(url.strip())
+            httpx2.URL(url.strip())
             is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         except (ValueError, httpx2.InvalidURL):  # a port that is no number, a bracket that is not closed
             parts, is_address = urlsplit(""), False
@@ -247,7 +248,7 @@ def _read_chunk(endpoint: Endpoint, data: str) -> tuple[str, Ending | None, int 
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         is_chunk, broken, text, reason, counted = False, None, "", None, None
     if broken:
-        raise EndpointError(f"{_the(endpoint)} broke the reply off: {endpoint.hidden(_words(broken))}")
+        raise EndpointError(_ended(f"{_the(endpoint)} broke the reply off: {endpoint.hidden(_words(broken))}"))
     if not is_chunk:
         raise EndpointError(f"{_the(endpoint)} {NO_STREAM}")
     # Half a pair of surrogates is no text: it could not be shown, nor kept in a file.
@@ -312,7 +313,11 @@ async def _check(endpoint: Endpoint, answer: httpx2.Response) -> None:
         sentence = f"failed ({status}): its log says why{detail}"
     else:
         sentence = f"does not take the request ({status}){detail or ': its log says why.'}"
-    raise EndpointError(f"{_the(endpoint)} {sentence}" + ("" if sentence.endswith((".", "…")) else "."))
+    raise EndpointError(_ended(f"{_the(endpoint)} {sentence}"))
+
+
+def _ended(sentence: str) -> str:
+    return sentence if sentence.endswith((".", "…")) else f"{sentence}."
 
 
 async def _body(answer: httpx2.Response) -> bytes:

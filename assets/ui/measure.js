@@ -58,8 +58,8 @@ function drawReport() {
   const stale = direction && model && (model.model !== report.model || model.digest !== direction.digest);
   find('[data-made]').replaceChildren(
     make('b', report.model),
-    direction ? signed(`, direction of layer ${direction.layer}, position ${direction.position}; ${report.dtype}, prompts: ${report.prompts}.`) : `; prompts: ${report.prompts}.`,
-          + (report.toy ? ' A toy: no result about a real model.' : '') + (stale ? ' Another direction or model is in use by now: measure again.' : ''),
+    (direction ? signed(`, direction of layer ${direction.layer}, position ${direction.position}; ${report.dtype}, prompts: ${report.prompts}.`) : `; prompts: ${report.prompts}.`)
+      + (report.toy ? ' A toy: no result about a real model.' : '') + (stale ? ' Another direction or model is in use by now: measure again.' : ''),
   );
   const focused = document.activeElement?.dataset?.key; // the rows are made anew, and the keyboard stays on its row
   find('[data-rates]').replaceChildren(...[...report.rates].sort((a, b) => b.harmful - a.harmful).map(rateNode));
@@ -182,8 +182,6 @@ function draw() {
   running = false;
   drawRunning();
   say(next.error);
-  find('[data-closed]').hidden = !next.closed;
-  find('[data-closed]').textContent = next.closed || '';
   if (next.curves) {
     curves = next.curves;
     drawCurves();

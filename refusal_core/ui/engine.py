@@ -103,7 +103,8 @@ CLOSED = {
     "added": "Adding the direction at a strength " + NEEDS_HOOKS,
     "strength": "The strength is that of the export, all of it: another one " + NEEDS_HOOKS,
     "tint": "What is foretold on the dials, the needle, the tint and the first split " + NEEDS_HOOKS,
-    "curves": "The effect by strength and the KL " + NEEDS_HOOKS,
+    "measure": "Here two servers answer, unchanged and with the direction removed; everything else that is measured "
+    + NEEDS_HOOKS,
     "map": "The map " + NEEDS_HOOKS,
     "find": "Finding a direction " + NEEDS_HOOKS,
     "inside": "What lies inside " + NEEDS_HOOKS,

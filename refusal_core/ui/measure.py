@@ -11,7 +11,7 @@ from refusal_core.metrics import wilson
 from refusal_core.plots import dose_figure
 from refusal_core.prompts import PromptError
 from refusal_core.selection import Progress
-from refusal_core.ui.engine import CLOSED, Ready, Served
+from refusal_core.ui.engine import Ready, Served
 
 FEWEST, MOST = 5, 100
 N_CURVE = 12
@@ -71,13 +71,13 @@ def measured(ready: Ready | Served, wish: Wish, stop: threading.Event) -> Iterat
 
 
 def _served(served: Served, wish: Wish, stop: threading.Event) -> Iterator[dict]:
-    """Progress and the rates; what else there is to measure needs hooks, and `closed` says so."""
+    """Progress and the rates; the curves would need hooks, and the page says so."""
     head = {"run": wish.run, "model": served.name}
     for news in evaluate_endpoints(
         served.pair, served.examples.draw(wish.n), rules="default", max_new_tokens=wish.max_new_tokens, stop=stop
     ):
         yield head | (_progress(news) if isinstance(news, Progress) else {"report": _report(news)})
-    yield head | ({"cancelled": True} if stop.is_set() else {"closed": CLOSED["curves"]})
+    yield head | ({"cancelled": True} if stop.is_set() else {"done": True})
 
 
 def _progress(progress: Progress) -> dict:

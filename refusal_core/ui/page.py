@@ -413,7 +413,7 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
     """The page on `engines`; `stops` knows who wants their replies stopped, of at most `most_tokens` new tokens."""
     do = Handlers(engines, stops, most_tokens)
     first = engines.of(None)
-    closed = {name: {"closed": CLOSED[name]} if first.pair else {} for name in ("map", "find", "inside")}
+    closed = {name: {"closed": CLOSED[name]} if first.pair else {} for name in ("map", "find", "measure", "inside")}
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         turns, visit = gr.State(()), gr.State(Visit())
         bar = part("bar", "link", value=bar_view(first.status))
@@ -425,7 +425,7 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
             with gr.Tab("Find", id="find"):
                 grid = part("find", "search", value=closed["find"])
             with gr.Tab("Measure", id="measure"):
-                rates = part("measure", "figures")
+                rates = part("measure", "figures", value=closed["measure"])
             with gr.Tab("Inside", id="inside"):
                 depths = part("inside", "figures", value=closed["inside"])
         paint, tints, files = relay("forecast"), relay("tint"), relay("file")
