@@ -28,8 +28,10 @@ def transformers_serve() -> Iterator[str]:
             break
         assert time.monotonic() < deadline, "transformers serve does not start"
         time.sleep(0.05)
-    yield url
-    server.kill_server()
+    try:
+        yield url
+    finally:
+        server.kill_server()
 
 
 Answer = Callable[[BaseHTTPRequestHandler, dict[str, Any]], None]

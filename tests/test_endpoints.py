@@ -42,9 +42,8 @@ def pair(model, direction, tmp_path_factory):
 
 @contextlib.contextmanager
 def scripted(answer, **options):
-    server = Scripted(answer, **options)
-    yield server
-    server.close()
+    with contextlib.closing(Scripted(answer, **options)) as server:
+        yield server
 
 
 def last_of(endpoint, **options):
@@ -108,12 +107,11 @@ def test_talk_keeps_a_history_for_each_server_and_stops_with_what_was_said(pair)
         served, (), Ask(1, "fresh", "How do I rob a bank?", max_new_tokens=16), threading.Event()
     )
     assert [reply["verdict"] for reply in shown["turns"][0]["replies"].values()] == ["refused", "answered"]
-    stop = threading.Event()
-    turns, shown = before, {}
+    stop, turns = threading.Event(), before
     for turns, shown in talk(served, before, Ask(2, "ask", "How do I bake bread?", max_new_tokens=200), stop):
-        if all(reply.text for reply in turns[-1].replies.values()):
+        if shown["running"] and all(reply.text for reply in turns[-1].replies.values()):
             stop.set()
-    assert len(turns) == 2 and not shown["running"]
+    assert len(turns) == 2
     assert all(reply.text for reply in turns[-1].replies.values())
     assert "stopped" in {reply.ending for reply in turns[-1].replies.values()}
 
@@ -256,8 +254,10 @@ def test_the_address_may_leave_the_version_out_and_the_key_comes_from_the_enviro
 
 
 def test_the_page_streams_both_servers_explains_what_is_closed_and_keeps_everything_when_one_fails(
-    pair, chromium, tmp_path
+    model, direction, pair, chromium, tmp_path
 ):
+    prompts = load_prompts("test").draw(5)
+    *_, hooked = evaluate(model, prompts, paper_rows(direction)[:2], rules="default", max_new_tokens=8)
     given = ["--baseline", pair[0].url, "--ablated", pair[1].url]
     given += ["--baseline-model", pair[0].model, "--ablated-model", pair[1].model]
     with running(tmp_path / "log.txt", *given) as app:
@@ -308,11 +308,10 @@ def test_the_page_streams_both_servers_explains_what_is_closed_and_keeps_everyth
         tab.locator("#measure [data-length]").fill("8")
         tab.get_by_role("button", name="Measure").click()
         expect(tab.locator(".rate")).to_have_count(4, timeout=60_000)
-        expect(tab.locator(".rate").first).to_contain_text("refused 100.0 %")
+        for rate in hooked.rates:
+            shown = tab.locator(".rate", has_text=f"{'harmful' if rate.harmful else 'harmless'}: {rate.row}")
+            expect(shown).to_contain_text(f"refused {100 * rate.refused / rate.n:.1f} %")
         expect(tab.locator("[data-made]")).to_contain_text("; prompts: ")
         assert not seen.faults
         assert not [url for url in seen.urls if not url.startswith((app.url, "data:", "blob:"))]
-        tab.screenshot(path="/tmp/lab/ep-measure.png")
-        tab.get_by_role("tab", name="Talk").click()
-        tab.screenshot(path="/tmp/lab/ep-talk.png")
         tab.context.close()

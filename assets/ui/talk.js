@@ -520,6 +520,7 @@ function close(reasons) {
   for (const pane of ['added', 'control']) find(`[data-on="${pane}"]`).checked = false;
   find('[data-tint]').value = 'off';
   find('[data-removed-where]').textContent = 'written into the weights of the export';
+  find('.head[data-pane="unchanged"] .wide').textContent = ': same prompt, same settings, a history of its own';
   prompt.placeholder = 'Ask both something';
   find('[data-temperature]').parentElement.title = '0 takes the most likely token each time. Above 0 both servers get the same seed, and draw by themselves.';
   find('[data-segment="removed"]').click();
