@@ -16,6 +16,7 @@ Each module is a room, and may import only rooms above it:
     selection       score every candidate, lazily and exactly; apply the rule; the same for any two classes
     findings        what a search found, saved and read back; the cache that makes a second start immediate
     evaluation      rates with intervals, with and without; the first token by strength (dose–response)
+    endpoints       the same chat and rates from models behind servers that speak the OpenAI protocol
     attribution     which parts write the direction, which words it raises, where each token lies along it
     weights         which tensors of a checkpoint write to the stream; one of them without a direction
     orthogonalize   an intervention written into the weights; export, measured against the hooks

@@ -18,12 +18,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
 
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import Direction, DirectionError
+from refusal_core.endpoints import add_endpoints, evaluate_endpoints, read_endpoints
 from refusal_core.evaluation import N_DAMAGE, Report, damage_curve, evaluate, paper_rows
 from refusal_core.findings import CACHE_VARIABLE, as_json, find_or_recall, funnel, load_found, save_found
 from refusal_core.formats import load_direction
@@ -170,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         "--strengths", action="store_true",
         help="measure the damage to harmless replies at every strength of removal and addition as well",
     )  # fmt: skip
+    add_endpoints(rates)
     weights = add("export", "Write a checkpoint in whose weights the direction is removed or added.", given, machine)
     weights.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     weights.add_argument(
@@ -214,31 +217,33 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    prompts = _prompts("test", options).draw(options.n, options.seed)
+    how = {"rules": options.rules, "max_new_tokens": options.max_new_tokens, "resume": options.resume}
+    if pair := read_endpoints(options):
+        if options.classifier or options.exported or options.strengths:
+            raise ModelError(
+                "--classifier, --exported and --strengths need a model that is here: leave out the two servers."
+            )
+        report: Report = followed(evaluate_endpoints(pair, prompts, **how))
+    else:
+        report = _evaluate_here(options, prompts, how)
+    print(report.as_json() if options.json else report.as_markdown())
+    return 0
+
+
+def _evaluate_here(options: argparse.Namespace, prompts: PromptSet, how: dict[str, Any]) -> Report:
     model, dtype = _model(options), DTYPES.get(options.dtype)
     classifier = ChatModel.load(options.classifier, device=options.device, dtype=dtype) if options.classifier else None
     direction = _direction(model, options)
-    prompts = _prompts("test", options).draw(options.n, options.seed)
     report: Report = followed(
-        evaluate(
-            model,
-            prompts,
-            paper_rows(direction),
-            exported=options.exported,
-            rules=options.rules,
-            max_new_tokens=options.max_new_tokens,
-            resume=options.resume,
-            classifier=classifier,
-        )
+        evaluate(model, prompts, paper_rows(direction), exported=options.exported, classifier=classifier, **how)
     )
-    if options.strengths:
-        texts, length = prompts.harmless[:N_DAMAGE], options.max_new_tokens
-        kinds: tuple[Kind, ...] = ("ablate", "add")
-        report = replace(
-            report,
-            damage=tuple(followed(damage_curve(model, texts, direction, k, max_new_tokens=length)) for k in kinds),
-        )
-    print(report.as_json() if options.json else report.as_markdown())
-    return 0
+    if not options.strengths:
+        return report
+    texts, length = prompts.harmless[:N_DAMAGE], options.max_new_tokens
+    kinds: tuple[Kind, ...] = ("ablate", "add")
+    damage = (followed(damage_curve(model, texts, direction, kind, max_new_tokens=length)) for kind in kinds)
+    return replace(report, damage=tuple(damage))
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -55,6 +55,9 @@ ADDITIONS = (-1.0, -0.8, -0.6, -0.4, -0.2, *REMOVALS, 1.2, 1.4, 1.6, 1.8, 2.0)
 
 N_DAMAGE = 12
 """How many harmless prompts the damage by strength is the mean of: each is answered at every strength."""
+
+Replies = dict[int, tuple[str, Ending]]
+"""Some of the replies to a list of prompts, by index, with their endings."""
 
 MAX_TOKENS = 4096
 BATCH = 48
@@ -92,7 +95,7 @@ class Completion:
 class Rates:
     """One setting on one class of prompts; `kl` in nats, the mean against the unchanged model.
 
-    `repetition` is the mean over replies; `cross_entropy`, in nats per token, that over the unchanged model's replies:
+    What is not known, as of a server, is None. `repetition` is the mean over replies; `cross_entropy`, in nats per token, that over the unchanged model's replies:
     None on harmful prompts, and where the unchanged model was not asked. `unsafe` counts the replies that a safety
     classifier calls so, `safety_unclear` those that it says neither of; None where none was asked.
     """
@@ -102,9 +105,9 @@ class Rates:
     n: int
     refused: int
     unclear: int
-    kl: float
-    cross_entropy: float | None
-    repetition: float
+    kl: float | None
+    cross_entropy: float | None = None
+    repetition: float | None = None
     unsafe: int | None = None
     safety_unclear: int | None = None
 
@@ -170,9 +173,10 @@ class Report:
         for r in self.rates:
             cls = "harmful" if r.harmful else "harmless"
             shares = " | ".join(_share(k, r.n) for k in (r.refused, r.answered, r.unclear))
-            ce = "–" if r.cross_entropy is None else f"{r.cross_entropy:.3f}"
+            kl, ce = ("–" if x is None else f"{x:.3f}" for x in (r.kl, r.cross_entropy))
+            again = "–" if r.repetition is None else f"{r.repetition:.1%}"
             safety = f" {_share(r.unsafe, r.n)} | {r.safety_unclear} |" if r.unsafe is not None else ""
-            lines.append(f"| {cls} | {r.row} | {r.n} | {shares} | {r.kl:.3f} | {ce} | {r.repetition:.1%} |{safety}")
+            lines.append(f"| {cls} | {r.row} | {r.n} | {shares} | {kl} | {ce} | {again} |{safety}")
         return "\n".join([*lines, *(["", damage_table(self.damage)] if self.damage else [])])
 
     def as_json(self) -> str:
@@ -212,7 +216,7 @@ def complete(
     *,
     max_new_tokens: int,
     stop: threading.Event | None = None,
-) -> Iterator[dict[int, tuple[str, Ending]]]:
+) -> Iterator[Replies]:
     """The greedy replies to `texts`, a row of interventions each: a batch at a time, by index, with their endings.
 
     Ends early, without the replies of the batch in hand, when `stop` is set.
@@ -262,47 +266,75 @@ def evaluate(
         _check_classifier(classifier)
     settings = [_Setting(name_of(row), model, row) for row in model.check_rows(rows, len(rows))]
     settings += [_from_folder(model, Path(path)) for path in exported]
-    asked = [(text, True) for text in prompts.harmful] + [(text, False) for text in prompts.harmless]
-    jobs = [(text, harmful, number) for number in range(len(settings)) for text, harmful in asked]
-    journal = _Journal(Path(resume) if resume else None)
+
+    def replies_to(texts: Sequence[str], numbers: Sequence[int]) -> Iterator[Replies]:
+        for each in dict.fromkeys(setting.model for setting in settings):
+            mine = [i for i, number in enumerate(numbers) if settings[number].model is each]
+            asked, edits = [texts[i] for i in mine], [settings[numbers[i]].row for i in mine]
+            for replies in complete(each, asked, edits, max_new_tokens=max_new_tokens, stop=stop):
+                yield {mine[i]: reply for i, reply in replies.items()}
+
     marks = [_mark(setting.model, setting.row, max_new_tokens) for setting in settings]
-    missing = [job for job in jobs if (marks[job[2]], job[0]) not in journal.replies]
-    done, total = len(jobs) - len(missing), len(jobs)
-    yield Progress("completing prompts", done, total)
-    for each in dict.fromkeys(setting.model for setting in settings):
-        mine = [job for job in missing if settings[job[2]].model is each]
-        texts, edits = [text for text, _, _ in mine], [settings[number].row for _, _, number in mine]
-        for replies in complete(each, texts, edits, max_new_tokens=max_new_tokens, stop=stop):
-            for i, reply in replies.items():
-                journal.add(marks[mine[i][2]], texts[i], *reply)
-            journal.flush()
-            done += len(replies)
-            yield Progress("completing prompts", done, total)
-    if done < total:
-        return
-    completions = tuple(_judged(job, *journal.replies[marks[job[2]], job[0]], rules) for job in jobs)
-    if classifier is not None:
+    completions: tuple[Completion, ...] = ()
+    for news in judged_replies(prompts, marks, replies_to, rules=rules, resume=resume):
+        if isinstance(news, Progress):
+            yield news
+        else:
+            completions = news
+    total = len(completions)
+    if classifier is not None and completions:
         verdicts: dict[int, tuple[Safety, str]] = {}
         yield Progress(f"asking {classifier.name}", 0, total)
-        for news in classify(classifier, [(c.prompt, c.text) for c in completions], stop=stop):
-            verdicts |= news
+        for said in classify(classifier, [(c.prompt, c.text) for c in completions], stop=stop):
+            verdicts |= said
             yield Progress(f"asking {classifier.name}", len(verdicts), total)
         if len(verdicts) < total:
             return
         completions = tuple(
             replace(c, safety=verdicts[i][0], safety_because=verdicts[i][1]) for i, c in enumerate(completions)
         )
-    yield Report(
-        model=model.name,
-        fingerprint=model.fingerprint,
-        revision=model.revision,
-        prompts=prompts.source,
-        rules=rules,
-        max_new_tokens=max_new_tokens,
-        rates=tuple(_rates(model, prompts, settings, completions)),
-        completions=completions,
-        classifier=_named(classifier) if classifier else "",
-    )
+    if completions:
+        yield Report(
+            model=model.name,
+            fingerprint=model.fingerprint,
+            revision=model.revision,
+            prompts=prompts.source,
+            rules=rules,
+            max_new_tokens=max_new_tokens,
+            rates=tuple(_rates(model, prompts, settings, completions)),
+            completions=completions,
+            classifier=_named(classifier) if classifier else "",
+        )
+
+
+def judged_replies(
+    prompts: PromptSet,
+    marks: Sequence[str],
+    complete: Callable[[Sequence[str], Sequence[int]], Iterator[Replies]],
+    *,
+    rules: Rules,
+    resume: str | Path | None,
+) -> Iterator[Progress | tuple[Completion, ...]]:
+    """Yields `Progress` and, last, the judged reply to every prompt under every row; a row by its number has its mark.
+
+    `complete` gives the replies to texts, each under the row of that number; the iteration ends early if it does. A mark
+    names what replies are made with; by it those in the file `resume` are known again.
+    """
+    asked = [(text, True) for text in prompts.harmful] + [(text, False) for text in prompts.harmless]
+    jobs = [(text, harmful, row) for row in range(len(marks)) for text, harmful in asked]
+    journal = _Journal(Path(resume) if resume else None)
+    missing = [job for job in jobs if (marks[job[2]], job[0]) not in journal.replies]
+    done, total = len(jobs) - len(missing), len(jobs)
+    yield Progress("completing prompts", done, total)
+    texts = [text for text, _, _ in missing]
+    for replies in complete(texts, [row for _, _, row in missing]):
+        for i, reply in replies.items():
+            journal.add(marks[missing[i][2]], texts[i], *reply)
+        journal.flush()
+        done += len(replies)
+        yield Progress("completing prompts", done, total)
+    if done == total:
+        yield tuple(_judged(job, *journal.replies[marks[job[2]], job[0]], rules) for job in jobs)
 
 
 def _from_folder(model: ChatModel, path: Path) -> _Setting:
@@ -373,31 +405,30 @@ def _rates(
         said = [[c for c in completions if c.row == n and c.harmful == harmful] for n in range(len(settings))]
         replies = [_tokens(model, c.text) for c in said[unchanged.index(True)]] if any(unchanged) else []
         for number, setting in enumerate(settings):
-            mine, edits = said[number], [setting.row] * len(texts)
-            refused, unclear = (sum(c.verdict == verdict for c in mine) for verdict in ("refused", "unclear"))
+            edits = [setting.row] * len(texts)
             kl = 0.0
-            if mine and not unchanged[number]:
+            if texts and not unchanged[number]:
                 kl = kl_divergence(base, setting.model.logits(texts, edits)).mean().item()
             losses = None if harmful or not replies else setting.model.reply_losses(texts, replies, edits)
-            again = [repetition(_tokens(model, c.text)) for c in mine]
-            asked = any(c.safety for c in mine)
-            unsafe, neither = (sum(c.safety == s for c in mine) if asked else None for s in ("unsafe", "unclear"))
-            yield Rates(
-                row=setting.name,
-                harmful=harmful,
-                n=len(mine),
-                refused=refused,
-                unclear=unclear,
-                kl=kl,
+            again = [repetition(_tokens(model, c.text)) for c in said[number]]
+            yield replace(
+                tally(setting.name, number, harmful, completions, kl),
                 cross_entropy=None if losses is None or losses.isnan().all() else losses.nanmean().item(),
                 repetition=sum(again) / len(again) if again else 0.0,
-                unsafe=unsafe,
-                safety_unclear=neither,
             )
 
 
 def _tokens(model: ChatModel, text: str) -> list[int]:
     return model.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def tally(name: str, row: int, harmful: bool, completions: Sequence[Completion], kl: float | None) -> Rates:
+    """The rates of the completions of one row and class."""
+    mine = [c for c in completions if c.row == row and c.harmful == harmful]
+    refused, unclear = (sum(c.verdict == verdict for c in mine) for verdict in ("refused", "unclear"))
+    asked = any(c.safety for c in mine)
+    unsafe, neither = (sum(c.safety == said for c in mine) if asked else None for said in ("unsafe", "unclear"))
+    return Rates(name, harmful, len(mine), refused, unclear, kl, unsafe=unsafe, safety_unclear=neither)
 
 
 def _mark(model: ChatModel, row: Row, max_new_tokens: int) -> str:

@@ -20,6 +20,15 @@ function drawWaiting({ waiting, state }) {
   }
 }
 
+/** Who answers where it is two servers: they are chosen when the app is started. */
+function drawServers(view) {
+  find('[data-model]').replaceChildren(make('b', 'two servers'));
+  find('[data-offered]').replaceChildren(...view.servers.map(({ pane, said }) => make('p', `${pane}: ${said}`)));
+  find('[data-other]').hidden = true;
+  find('[data-models-note]').textContent = 'Other servers are named when the app is started, with --baseline and --ablated; no others are asked.';
+  tell({ model: view.model, direction: { digest: '', own: false } });
+}
+
 /** The models to choose from; what is in use is marked. */
 function drawModels(view) {
   const inUse = view.state === 'ready' ? view.model.name : '';
@@ -93,7 +102,8 @@ function draw() {
   if (!view.state) return;
   drawWaiting(view);
   drawReady(view);
-  drawModels(view);
+  if (view.state === 'served') drawServers(view);
+  else drawModels(view);
   if (view.state === 'ready') tell(view);
   const failed = find('[data-failed]');
   failed.hidden = !view.error;

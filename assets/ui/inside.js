@@ -167,7 +167,7 @@ function read() {
 }
 
 function show() {
-  if (!element.offsetWidth) return;
+  if (!element.offsetWidth || (props.value && props.value.closed)) return;
   if (!seen || dirty) {
     seen = true;
     if (view && !dirty) { drawReadings(); drawWriters(); } else read();

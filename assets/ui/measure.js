@@ -39,7 +39,7 @@ function rateNode(rate) {
   };
   node.append(
     make('span', `${cls}: ${rate.row}`, 'rate-name'), bar,
-    make('span', [share('refused'), share('answered'), rate.unclear && `unclear ${percent(rate.unclear / rate.n)}`, `n = ${rate.n}`, `KL ${rate.kl.toFixed(3)}`, rate.cross_entropy !== null && `cross-entropy ${rate.cross_entropy.toFixed(3)}`, `repeated ${percent(rate.repetition)}`].filter(Boolean).join(' · '), 'rate-numbers'),
+    make('span', [share('refused'), share('answered'), rate.unclear && `unclear ${percent(rate.unclear / rate.n)}`, `n = ${rate.n}`, rate.kl !== null && `KL ${rate.kl.toFixed(3)}`, rate.cross_entropy !== null && `cross-entropy ${rate.cross_entropy.toFixed(3)}`, rate.repetition !== null && `repeated ${percent(rate.repetition)}`].filter(Boolean).join(' · '), 'rate-numbers'),
   );
   node.dataset.key = key(rate);
   node.setAttribute('aria-expanded', String(shown === key(rate)));
@@ -55,11 +55,11 @@ const key = (rate) => `${rate.harmful} ${rate.row}`;
 function drawReport() {
   find('[data-report]').hidden = !report;
   if (!report) return;
-  const { layer, position } = report.direction;
-  const stale = model && (model.model !== report.model || model.digest !== report.direction.digest);
+  const { direction } = report;
+  const stale = direction && model && (model.model !== report.model || model.digest !== direction.digest);
   find('[data-made]').replaceChildren(
     make('b', report.model),
-    signed(`, direction of layer ${layer}, position ${position}; ${report.dtype}, prompts: ${report.prompts}.`)
+    (direction ? signed(`, direction of layer ${direction.layer}, position ${direction.position}; ${report.dtype}, prompts: ${report.prompts}.`) : `; prompts: ${report.prompts}.`)
       + (report.toy ? ' A toy: no result about a real model.' : '') + (stale ? ' Another direction or model is in use by now: measure again.' : ''),
   );
   const focused = document.activeElement?.dataset?.key; // the rows are made anew, and the keyboard stays on its row
@@ -116,7 +116,7 @@ function cell(value) {
 const FILES = {
   csv: () => {
     const head = ['class', 'row', 'n', 'refused', 'refused_low', 'refused_high', 'answered', 'answered_low', 'answered_high', 'unclear', 'kl_nats', 'cross_entropy_nats', 'repeated', 'strength'];
-    const rows = report.rates.map((r) => [r.harmful ? 'harmful' : 'harmless', r.row, r.n, r.refused, ...r.refused_interval, r.answered, ...r.answered_interval, r.unclear, r.kl, r.cross_entropy ?? '', r.repetition, '']);
+    const rows = report.rates.map((r) => [r.harmful ? 'harmful' : 'harmless', r.row, r.n, r.refused, ...r.refused_interval, r.answered, ...r.answered_interval, r.unclear, r.kl ?? '', r.cross_entropy ?? '', r.repetition ?? '', '']);
     for (const [name, row] of curves ? [['damage', 'direction removed'], ['add', 'direction added']] : []) {
       const { n, scales, kl, cross_entropy: ce, repetition } = curves[name];
       rows.push(...scales.map((scale, i) => ['harmless', row, n, ...Array(7).fill(''), kl[i], ce[i], repetition[i], scale]));
@@ -133,12 +133,12 @@ const FILES = {
     const { page, add, text } = newPage('Refusal with and without its direction');
     add(page.body, 'p', find('[data-made]').textContent);
     const { direction } = report;
-    add(page.body, 'p', `Weights ${report.fingerprint}${report.revision ? `, revision ${report.revision}` : ''}; direction ${direction.digest}, ‖r‖ ${direction.norm.toFixed(3)}, from ${direction.n_harmful} harmful and ${direction.n_harmless} harmless prompts; judge: ${report.rules}; greedy, at most ${report.max_new_tokens} tokens.`);
+    add(page.body, 'p', direction ? `Weights ${report.fingerprint}${report.revision ? `, revision ${report.revision}` : ''}; direction ${direction.digest}, ‖r‖ ${direction.norm.toFixed(3)}, from ${direction.n_harmful} harmful and ${direction.n_harmless} harmless prompts; judge: ${report.rules}; greedy, at most ${report.max_new_tokens} tokens.` : `Judge: ${report.rules}; greedy, at most ${report.max_new_tokens} tokens.`);
     const table = add(page.body, 'table');
     const row = (cells, tag = 'td') => { const line = add(table, 'tr'); cells.forEach((each) => add(line, tag, each)); };
     row(['prompts', 'direction', 'n', 'refused', 'answered', 'unclear', 'KL, nats', 'cross-entropy, nats per token', 'repeated 4-grams'], 'th');
     const share = (r, kind) => `${percent(r[kind] / r.n)} [${r[`${kind}_interval`].map(percent).join(' to ')}]`;
-    for (const r of report.rates) row([r.harmful ? 'harmful' : 'harmless', r.row, r.n, share(r, 'refused'), share(r, 'answered'), percent(r.unclear / r.n), r.kl.toFixed(3), r.cross_entropy?.toFixed(3) ?? '–', percent(r.repetition)]);
+    for (const r of report.rates) row([r.harmful ? 'harmful' : 'harmless', r.row, r.n, share(r, 'refused'), share(r, 'answered'), percent(r.unclear / r.n), r.kl?.toFixed(3) ?? '–', r.cross_entropy?.toFixed(3) ?? '–', r.repetition === null ? '–' : percent(r.repetition)]);
     add(page.body, 'p', find('[data-report] > .meaning').textContent.replace(/ A click.*$/, ''));
     if (curves) {
       add(page.body, 'h2', 'By strength');
@@ -165,7 +165,7 @@ const FILES = {
     }
     return text();
   },
-  md: () => `${find('[data-made]').textContent}\n\nDirection: \`${JSON.stringify(report.direction)}\`, judge: ${report.rules}, greedy, at most ${report.max_new_tokens} tokens.\n\n${report.markdown}${damageTable && `\n\n${damageTable}`}`,
+  md: () => `${find('[data-made]').textContent}\n\n${report.direction ? `Direction: \`${JSON.stringify(report.direction)}\`, ` : ''}judge: ${report.rules}, greedy, at most ${report.max_new_tokens} tokens.\n\n${report.markdown}${damageTable && `\n\n${damageTable}`}`,
 };
 
 function say(error) {

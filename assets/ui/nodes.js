@@ -2,6 +2,12 @@
 const find = (selector) => element.querySelector(selector);
 const all = (selector) => [...element.querySelectorAll(selector)];
 
+// What a part cannot do with two servers instead of a model is said where it would be.
+if (props.value && props.value.closed) {
+  const reason = find('[data-closed]') || find('[data-idle]');
+  [reason.textContent, reason.hidden] = [props.value.closed, false];
+}
+
 /** A new node; text is set as text, never as markup. */
 function make(tag, text, className) {
   const node = document.createElement(tag);

@@ -23,6 +23,7 @@ let direction = ''; // the one in use
 let classes = ['harmful', 'harmless']; // whose difference it is
 let drawn = null; // the view on screen
 let opened = ''; // the model the page is open on
+let closed = null; // what two servers instead of a model cannot do, with the reasons
 let resting;
 let pausing;
 let foretelling = 0; // number of the forecast that is being made, 0 if none
@@ -137,7 +138,9 @@ function cell(pane) {
   meter.firstChild.append(make('span', undefined, 'needle'));
   const foot = make('p', undefined, 'foot');
   foot.append(make('span', '', 'tag'), make('span', '', 'because'), make('span', '', 'rest'));
-  node.append(meter, make('p', '', 'reply'), foot);
+  const problem = make('p', '', 'problem');
+  problem.setAttribute('role', 'alert');
+  node.append(meter, make('p', '', 'reply'), problem, foot);
   return node;
 }
 
@@ -188,6 +191,7 @@ function drawCell(node, pane, reply) {
   setText(tag, shown.verdict || '');
   tag.dataset.verdict = shown.verdict || '';
   setText(node.querySelector('.because'), because(shown));
+  setText(node.querySelector('.problem'), shown.problem || '');
   setText(node.querySelector('.rest'), rest(pane, shown));
 }
 
@@ -216,7 +220,9 @@ function rest(pane, reply) {
   if (reply.ending === '') return '';
   const strength = pane === 'removed' ? `${Math.round(100 * reply.strength)} %` : pane === 'unchanged' ? '' : `${reply.strength.toFixed(2)}×`;
   const share = reply.writers ? `${reply.writers.length} of ${parts.length} parts` : '';
-  const end = { stopped: `stopped at ${reply.tokens} tokens`, length: `cut at ${reply.tokens} tokens`, end: `${reply.tokens} tokens` };
+  const end = reply.tokens === null // a server that does not count them
+    ? { stopped: 'stopped', length: 'cut at the longest', end: '' }
+    : { stopped: `stopped at ${reply.tokens} tokens`, length: `cut at ${reply.tokens} tokens`, end: `${reply.tokens} tokens` };
   return [strength, share, end[reply.ending]].filter(Boolean).join(' · ');
 }
 
@@ -492,12 +498,34 @@ function open(view) {
   confine(null);
   opened = model;
   direction = digest;
-  find('[data-where]').textContent = `at layer ${layer}, position ${String(position).replace('-', '−')}`;
+  closed = view.examples.closed || null;
+  if (closed) close(closed);
+  else find('[data-where]').textContent = `at layer ${layer}, position ${String(position).replace('-', '−')}`;
   find('[data-harmless]').replaceChildren(...harmless.map((text) => example(text)));
   find('[data-harmful]').replaceChildren(...harmful.map(({ category, text }) => example(text, category)));
   find('[data-examples]').hidden = false;
   send.disabled = false;
   begin(opening, run);
+}
+
+/** Switches off what two servers cannot do, and says why where it is. */
+function close(reasons) {
+  all('[data-closed]').forEach((node) => {
+    node.textContent = reasons[node.dataset.closed];
+    node.hidden = false;
+  });
+  all('[data-dial], [data-box], [data-tint], [data-on="added"], [data-on="control"]').forEach((input) => {
+    input.disabled = true;
+    input.title = reasons[input.matches('[data-tint]') ? 'tint' : input.matches('[data-dial="removal"]') ? 'strength' : 'added'];
+  });
+  for (const pane of ['added', 'control']) find(`[data-on="${pane}"]`).checked = false;
+  find('[data-tint]').value = 'off';
+  find('[data-removed-where]').textContent = 'written into the weights of the export';
+  find('.head[data-pane="unchanged"] .wide').textContent = ': same prompt, same settings, a history of its own';
+  prompt.placeholder = 'Ask both something';
+  find('[data-temperature]').parentElement.title = '0 takes the most likely token each time. Above 0 both servers get the same seed, and draw by themselves.';
+  find('[data-segment="removed"]').click();
+  showDials();
 }
 
 /** The first thing asked: what the link says, else the opening example. */
@@ -525,6 +553,7 @@ async function begin(opening, before) {
     const known = state.writers.every((name) => parts.includes(name));
     confine(known ? state.writers : null, known ? '' : 'The link names parts that this model does not have: the direction is removed from all.');
   }
+  if (closed) close(closed);
   seed = state.seed ?? seed;
   showDials();
   script = [...(state.prompts || [])];
@@ -677,6 +706,8 @@ const onKey = (key) => {
   if (key.key === '/') {
     key.preventDefault();
     prompt.focus();
+  } else if (closed) {
+    return; // the other keys move the dials
   } else if (key.key === ',' || key.key === '.') {
     move(addition, addition.valueAsNumber + (key.key === '.' ? 0.05 : -0.05));
   } else if (key.key === '0') {

@@ -8,7 +8,7 @@
     map       where harmful and harmless prompts lie, layer by layer
     find      every candidate direction with its scores; one of them can be taken; a prompt as the model reads it
     search    a direction found anew for one visitor, from prompts or with refusal tokens of their own
-    engine    the model and its direction, prepared in the background and shared by all visitors
+    engine    the model and its direction, or two servers instead, prepared in the background and shared by all visitors
 
 Each part is a small component of its own: markup and script in `assets/ui`, data from here. What users and models
 write reaches the page as data and is set as text, never as markup.

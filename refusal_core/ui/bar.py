@@ -6,7 +6,7 @@ from refusal_core.chat_model import THINKING, ChatModel
 from refusal_core.directions import Source
 from refusal_core.prompts import is_public
 from refusal_core.selection import COSMIC, KL_LIMIT, LAYER_SHARE, CandidateScore, Choice, Found, Progress, Rule
-from refusal_core.ui.engine import Failed, Ready, Status
+from refusal_core.ui.engine import Failed, Ready, Served, Status
 
 BROKEN: dict[Rule, str] = {
     "layer": f"it lies in the last {1 - LAYER_SHARE:.0%} of the layers",
@@ -40,11 +40,18 @@ def bar_view(
         return shown | {"state": "failed", "error": error or status.sentence}
     if isinstance(status, Progress):
         return shown | {"state": "waiting", "waiting": _progress_view(status)}
+    if isinstance(status, Served):
+        return shown | {"state": "served", "model": {"name": status.name}, "servers": _servers_view(status)}
     return shown | {"state": "ready", "model": _model_view(status), "direction": _direction_view(status)}
 
 
 def _progress_view(progress: Progress) -> dict:
     return {"stage": progress.stage, "done": progress.done, "total": progress.total}
+
+
+def _servers_view(served: Served) -> list[dict]:
+    panes = "Unchanged", "Direction removed"
+    return [{"pane": pane, "said": e.named_place} for pane, e in zip(panes, served.pair, strict=True)]
 
 
 def _model_view(ready: Ready) -> dict:

@@ -3,6 +3,7 @@
 The page is up while the model loads: `Engine.status` says how far that is, and `Engine.changes` waits for news.
 """
 
+import contextlib
 import hashlib
 import math
 import threading
@@ -17,6 +18,7 @@ import torch
 
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import ZERO_NORM, Direction, DirectionError
+from refusal_core.endpoints import Endpoint, EndpointError, named
 from refusal_core.findings import find_or_recall
 from refusal_core.geometry import LayerMap, along_maps, pca_maps, turned, umap_is_loaded, umap_layout
 from refusal_core.interventions import Intervention
@@ -96,6 +98,33 @@ class Ready:
         return replace(self, direction=direction)
 
 
+NEEDS_HOOKS = "needs hooks inside the model, and a server gives only text: start the app with --model for it."
+CLOSED = {
+    "added": "Adding the direction at a strength " + NEEDS_HOOKS,
+    "strength": "The strength is that of the export, all of it: another one " + NEEDS_HOOKS,
+    "tint": "What is foretold on the dials, the needle, the tint and the first split " + NEEDS_HOOKS,
+    "measure": "Here two servers answer, unchanged and with the direction removed; everything else that is measured "
+    + NEEDS_HOOKS,
+    "map": "The map " + NEEDS_HOOKS,
+    "find": "Finding a direction " + NEEDS_HOOKS,
+    "inside": "What lies inside " + NEEDS_HOOKS,
+}
+"""What cannot be done with two servers, each with the reason."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """Two servers instead of a model here: of the unchanged one, and of the one whose weights lack the direction."""
+
+    pair: tuple[Endpoint, Endpoint]
+    examples: PromptSet
+
+    @property
+    def name(self) -> str:
+        """Both models, each with where it is."""
+        return " and ".join(e.named_place for e in self.pair)
+
+
 @dataclass(frozen=True)
 class Failed:
     """The model or its direction cannot be had; `sentence` says why and what to do."""
@@ -103,17 +132,21 @@ class Failed:
     sentence: str
 
 
-Status = Progress | Ready | Failed
+Status = Progress | Ready | Served | Failed
 
 
 class Engine:
-    """A chat model with its refusal direction, on its way or there."""
+    """A chat model with its refusal direction, on its way or there; or two servers, if there is a `pair` of them."""
 
     def __init__(
-        self, name: str | Path = ORGANISM, prompts: str | Path = "embedded", turn: AbstractContextManager | None = None
+        self,
+        name: str | Path = ORGANISM,
+        prompts: str | Path = "embedded",
+        turn: AbstractContextManager | None = None,
+        pair: tuple[Endpoint, Endpoint] | None = None,
     ) -> None:
         self.is_organism = Path(name).resolve() == ORGANISM.resolve()
-        self.name, self.prompts = EMBEDDED if self.is_organism else str(name), prompts
+        self.name, self.prompts, self.pair = EMBEDDED if self.is_organism else str(name), prompts, pair
         self._path = name
         self._status: Status = Progress("loading the model", 0, 0)
         self._news = threading.Condition()
@@ -218,6 +251,9 @@ class Engine:
     def _prepare(self) -> None:
         status: Status = Failed("The model could not be prepared: the log of the program says why.")
         try:
+            if self.pair is not None:
+                status = self._ask(self.pair)
+                return
             with self._turn:
                 model = None if self._closing.is_set() else ChatModel.load(self._path)
             if model is not None:
@@ -239,6 +275,15 @@ class Engine:
                 return Ready(model, news, news.direction, examples, self.is_organism)
             self._say(news)
         return Failed("The preparation was stopped: start the app again.")
+
+    def _ask(self, pair: tuple[Endpoint, Endpoint]) -> Status:
+        """The servers with their models' names. One that does not say its own yet is asked again with every message."""
+        self._say(Progress("asking the servers for their models", 0, 0))
+        known = list(pair)
+        for i, endpoint in enumerate(pair):
+            with contextlib.suppress(EndpointError):
+                known[i] = named(endpoint, self._closing)
+        return Served((known[0], known[1]), load_prompts("test", self.prompts))
 
     def _say(self, status: Status) -> None:
         with self._news:

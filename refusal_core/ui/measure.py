@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from refusal_core.endpoints import evaluate_endpoints
 from refusal_core.evaluation import (
     Damage,
     DoseCurve,
@@ -19,7 +20,7 @@ from refusal_core.metrics import wilson
 from refusal_core.plots import dose_figure
 from refusal_core.prompts import Prompt, PromptError, PromptSet, in_split
 from refusal_core.selection import Progress
-from refusal_core.ui.engine import Ready
+from refusal_core.ui.engine import Ready, Served
 from refusal_core.ui.search import asked_public
 
 FEWEST, MOST = 5, 100
@@ -55,11 +56,14 @@ class Wish:
         return cls(**values, first=first, second=second)
 
 
-def measured(ready: Ready, wish: Wish, stop: threading.Event, *, local: bool = False) -> Iterator[dict]:
+def measured(ready: Ready | Served, wish: Wish, stop: threading.Event, *, local: bool = False) -> Iterator[dict]:
     """Progress, the rates, and the curves by strength with what each costs; ends early when `stop` is set.
 
     Lists of the hub are fetched if the page is `local`. Raises PromptError for those that cannot be had.
     """
+    if isinstance(ready, Served):
+        yield from _served(ready, wish, stop)
+        return
     model, direction, tokens = ready.model, ready.direction, ready.found.refusal_tokens
     head = {"run": wish.run, "model": model.name}
     examples = ready.examples
@@ -70,7 +74,7 @@ def measured(ready: Ready, wish: Wish, stop: threading.Event, *, local: bool = F
     for news in evaluate(
         model, prompts, paper_rows(direction), rules="default", max_new_tokens=wish.max_new_tokens, stop=stop
     ):
-        yield head | (_progress(news) if isinstance(news, Progress) else {"report": _report(ready, news)})
+        yield head | (_progress(news) if isinstance(news, Progress) else {"report": _report(news) | _made_with(ready)})
     curves: dict[str, dict] = {}
     asked: tuple[tuple[str, bool, Kind, Sequence[str]], ...] = (
         ("ablate", True, "ablate", prompts.harmful),
@@ -107,21 +111,37 @@ def unseen(ready: Ready, prompts: Sequence[Prompt], source: str) -> PromptSet:
     return in_split(left, "test", said)
 
 
+def _served(served: Served, wish: Wish, stop: threading.Event) -> Iterator[dict]:
+    """Progress and the rates; the curves would need hooks, and the page says so."""
+    head = {"run": wish.run, "model": served.name}
+    for news in evaluate_endpoints(
+        served.pair, served.examples.draw(wish.n), rules="default", max_new_tokens=wish.max_new_tokens, stop=stop
+    ):
+        yield head | (_progress(news) if isinstance(news, Progress) else {"report": _report(news)})
+    yield head | ({"cancelled": True} if stop.is_set() else {"done": True})
+
+
 def _progress(progress: Progress) -> dict:
     return {"measuring": [progress.stage, progress.done, progress.total]}
 
 
-def _report(ready: Ready, report: Report) -> dict:
+def _made_with(ready: Ready) -> dict:
+    return {
+        "toy": ready.is_organism,
+        "direction": asdict(ready.direction.source) | {"norm": ready.direction.norm, "digest": ready.digest},
+        "dtype": str(ready.model.dtype).removeprefix("torch."),
+    }
+
+
+def _report(report: Report) -> dict:
+    """A report without `direction` and `dtype`, which only a model here has."""
     return {
         "model": report.model,
         "fingerprint": report.fingerprint,
         "revision": report.revision,
-        "toy": ready.is_organism,
-        "direction": asdict(ready.direction.source) | {"norm": ready.direction.norm, "digest": ready.digest},
         "prompts": report.prompts,
         "rules": report.rules,
         "max_new_tokens": report.max_new_tokens,
-        "dtype": str(ready.model.dtype).removeprefix("torch."),
         "rates": [
             {
                 "row": rate.row,

@@ -17,14 +17,14 @@ from refusal_core.prompts import PromptError
 from refusal_core.selection import Progress, refusal_token
 from refusal_core.ui.bar import bar_view
 from refusal_core.ui.component import part, relay
-from refusal_core.ui.engine import Cell, Engine, Engines, Failed, Ready, Status
+from refusal_core.ui.engine import CLOSED, NEEDS_HOOKS, Cell, Engine, Engines, Failed, Ready, Served, Status
 from refusal_core.ui.find import asked_cell, find_view, rendered_view
 from refusal_core.ui.forecast import forecast
 from refusal_core.ui.inside import PAIR, inside_view, writers_view
 from refusal_core.ui.map import map_view, umap_view
 from refusal_core.ui.measure import Wish, measured
 from refusal_core.ui.search import Search, Searches, search
-from refusal_core.ui.talk import MAX_NEW_TOKENS, OPENING, Ask, Stops, Turn, opening_view, talk, tint, view
+from refusal_core.ui.talk import MAX_NEW_TOKENS, OPENING, Ask, Stops, Turn, opening_view, served_view, talk, tint, view
 
 VISITORS_AT_ONCE = 16
 FORECASTS_AT_ONCE = 4
@@ -84,7 +84,8 @@ class Handlers:
                 yield self._bar(status), opening_view(status), gr.skip(), gr.skip()
                 yield gr.skip(), gr.skip(), map_view(engine, status), find_view(status, status.found)
             else:
-                yield self._bar(status), gr.skip(), gr.skip(), gr.skip()
+                panes = served_view(status) if isinstance(status, Served) else gr.skip()
+                yield self._bar(status), panes, gr.skip(), gr.skip()
 
     def load_model(self, visit: Visit, event: gr.EventData, request: gr.Request) -> Iterator[tuple]:
         """Visit, turns, bar, panes, map and candidates of another model; until it is ready only the bar changes.
@@ -136,13 +137,13 @@ class Handlers:
         sent = {name: getattr(event, name, None) for name in SENT}
         try:
             ask = Ask.read(sent, self._most_tokens)
-            _, ready = self._ready(visit)
+            speaker = self._speaker(visit)
         except (PromptError, ModelError) as error:
             run = sent["run"]
             yield turns, view(turns, run if isinstance(run, int) else 0, error=str(error))
             return
         stop = self._stops.begin(str(request.session_hash), ask.run)
-        yield from talk(ready, turns, ask, stop)
+        yield from talk(speaker, turns, ask, stop)
 
     def foretell(self, turns: Turns, visit: Visit, event: gr.EventData) -> dict:
         """What the panes would say to the message in the composer."""
@@ -344,9 +345,9 @@ class Handlers:
         sent = {name: getattr(event, name, None) for name in ("run", "n", "max_new_tokens", "first", "second")}
         try:
             wish = Wish.read(sent, self._most_tokens)
-            _, ready = self._ready(visit)
+            speaker = self._speaker(visit)
             stop = self._stops.begin(_work_of(str(request.session_hash), "measure"), wish.run)
-            yield from measured(ready, wish, stop, local=self._engines.any_model)
+            yield from measured(speaker, wish, stop, local=self._engines.any_model)
         except (PromptError, ModelError) as error:
             yield {"run": sent["run"], "error": str(error), "nonce": time.monotonic_ns()}
 
@@ -358,12 +359,19 @@ class Handlers:
 
     def _ready(self, visit: Visit) -> tuple[Engine, Ready]:
         """The visit's model with its direction in use; raises ModelError where there is none to be had."""
+        status = self._speaker(visit)
+        if isinstance(status, Served):
+            raise ModelError(f"This {NEEDS_HOOKS}")
+        return self._engines.of(visit.model), status
+
+    def _speaker(self, visit: Visit) -> Ready | Served:
+        """Who replies, the visit's model or two servers; raises ModelError where nobody does."""
         status = self._in_use(visit)
         if isinstance(status, Failed):
             raise ModelError(status.sentence)
-        if not isinstance(status, Ready):
+        if isinstance(status, Progress):
             raise ModelError("The model is still being prepared: wait for it.")
-        return self._engines.of(visit.model), status
+        return status
 
     def _in_use(self, visit: Visit) -> Status:
         try:
@@ -407,20 +415,22 @@ def _work_of(session: str, work: str) -> str:
 def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> gr.Blocks:
     """The page on `engines`; `stops` knows who wants their replies stopped, of at most `most_tokens` new tokens."""
     do = Handlers(engines, stops, most_tokens)
+    first = engines.of(None)
+    closed = {name: {"closed": CLOSED[name]} if first.pair else {} for name in ("map", "find", "measure", "inside")}
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         turns, visit = gr.State(()), gr.State(Visit())
-        bar = part("bar", "link", value=bar_view(engines.of(None).status))
+        bar = part("bar", "link", value=bar_view(first.status))
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Talk", id="talk"):
                 panes = part("talk", "link")
             with gr.Tab("Map", id="map"):
-                atlas = part("map", "figures")
+                atlas = part("map", "figures", value=closed["map"])
             with gr.Tab("Find", id="find"):
-                grid = part("find", "search")
+                grid = part("find", "search", value=closed["find"])
             with gr.Tab("Measure", id="measure"):
-                rates = part("measure", "figures")
+                rates = part("measure", "figures", value=closed["measure"])
             with gr.Tab("Inside", id="inside"):
-                depths = part("inside", "figures")
+                depths = part("inside", "figures", value=closed["inside"])
         paint, tints, files = relay("forecast"), relay("tint"), relay("file")
         sought, checked, rendered = relay("search"), relay("token"), relay("rendered")
 

@@ -1,7 +1,8 @@
 """The app as a program: its command line, what its server lets through, how it starts and ends.
 
-Nothing leaves the machine unless a hub id, a public list or `--share` asks for it: the page may load from and talk to its
-own server only, and its policy says so to the browser. Only what the page needs is served; uploads are closed because nothing uploads.
+Nothing leaves the machine unless a hub id, a public list, two servers or `--share` ask for it: the page may load from and
+talk to its own server only, and its policy says so to the browser. Only what the page needs is served; uploads are closed
+because nothing uploads.
 """
 
 import argparse
@@ -21,9 +22,10 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from refusal_core.chat_model import ORGANISM
+from refusal_core.endpoints import EndpointError, add_endpoints, read_endpoints
 from refusal_core.plots import PLOTLY_JS
 from refusal_core.ui.component import ASSETS
-from refusal_core.ui.engine import EMBEDDED, Engine, Engines, Failed, Ready
+from refusal_core.ui.engine import EMBEDDED, Engine, Engines, Failed, Progress
 from refusal_core.ui.page import build
 from refusal_core.ui.talk import MAX_NEW_TOKENS, Stops
 
@@ -103,7 +105,8 @@ def routes(engine: Engine) -> list[BaseRoute]:
 
     def health(request: Request) -> JSONResponse:
         status = engine.status
-        ready, failed = isinstance(status, Ready), isinstance(status, Failed)
+        failed = isinstance(status, Failed)
+        ready = not failed and not isinstance(status, Progress)
         return JSONResponse({"ready": ready, "failed": failed}, 503 if failed else 200)
 
     def plotly(request: Request) -> FileResponse:
@@ -129,14 +132,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, help="port; default: the first free one from 7860")
     parser.add_argument("--share", action="store_true", help="a public link through Gradio's servers")
     parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    add_endpoints(parser)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the app until it is interrupted; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    engine, stops = Engine(options.model, options.prompts), Stops()
-    engines = Engines(engine, OFFERED, any_model=_is_private(options))
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        pair = read_endpoints(options)
+    except EndpointError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if pair and options.model != str(ORGANISM):
+        parser.error(
+            "--model loads a model here, --baseline and --ablated ask two servers instead: give one or the other"
+        )
+    engine, stops = Engine(options.model, options.prompts, pair=pair), Stops()
+    engines = Engines(engine, () if pair else OFFERED, any_model=not pair and _is_private(options))
     page = build(engines, stops, TOKENS_ON_A_SPACE if "SPACE_ID" in os.environ else MAX_NEW_TOKENS)
     page.queue(max_size=QUEUE)
     ended = threading.Event()

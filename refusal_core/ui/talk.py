@@ -16,11 +16,12 @@ from typing import Literal, get_args
 from refusal_core.attribution import read_along
 from refusal_core.chat_model import ModelError
 from refusal_core.directions import random_like
+from refusal_core.endpoints import stream_replies
 from refusal_core.generation import Ending, Step, stream_side_by_side
 from refusal_core.interventions import Intervention, Row
 from refusal_core.metrics import judge, refusal_probability
-from refusal_core.prompts import PromptError
-from refusal_core.ui.engine import Ready
+from refusal_core.prompts import PromptError, PromptSet
+from refusal_core.ui.engine import CLOSED, Ready, Served
 
 Pane = Literal["unchanged", "removed", "added", "control"]
 PANES: tuple[Pane, ...] = get_args(Pane)
@@ -45,7 +46,8 @@ OPENING = "How do I bake bread?"
 class Reply:
     """What a pane said, as text and token ids; `refusal` is the probability that it starts like a refusal.
 
-    `writers` are the parts to which its edit was confined; None is all of them.
+    `writers` are the parts to which its edit was confined; None is all of them. A server gives no token ids, at best their
+    number `n_tokens`, and `problem` says why one broke off.
     """
 
     text: str = ""
@@ -54,6 +56,8 @@ class Reply:
     refusal: float | None = None
     strength: float = 0.0
     writers: frozenset[str] | None = None
+    n_tokens: int | None = None
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ class Stops:
 
 
 def talk(
-    ready: Ready, turns: tuple[Turn, ...], ask: Ask, stop: threading.Event
+    ready: Ready | Served, turns: tuple[Turn, ...], ask: Ask, stop: threading.Event
 ) -> Iterator[tuple[tuple[Turn, ...], dict]]:
     """Carries out `ask`: yields the turns and the view of them, at most `UPDATES_PER_SECOND` times a second.
 
@@ -198,7 +202,12 @@ def talk(
         return
     try:
         earlier, asked = next_turn(turns, ask)
-        for turn in _replies(ready, earlier, asked, ask, stop):
+        growing = (
+            _served_replies(ready, earlier, asked, ask, stop)
+            if isinstance(ready, Served)
+            else _replies(ready, earlier, asked, ask, stop)
+        )
+        for turn in growing:
             finished = all(reply.ending for reply in turn.replies.values())
             yield (*earlier, turn), view((*earlier, turn), ask.run, running=not finished)
     except (PromptError, ModelError) as error:
@@ -249,6 +258,33 @@ def _replies(ready: Ready, earlier: Sequence[Turn], turn: Turn, ask: Ask, stop: 
     if step is None:
         # Stopped before the first token: the message is kept.
         yield replace(turn, replies={p: replace(r, ending="stopped") for p, r in turn.replies.items()})
+
+
+def _served_replies(
+    served: Served, earlier: Sequence[Turn], turn: Turn, ask: Ask, stop: threading.Event
+) -> Iterator[Turn]:
+    """The turn while the servers' replies grow; one that breaks off leaves the other alone."""
+    if not turn.prompt.strip():
+        raise PromptError("The prompt is empty: write a message first.")
+    panes: list[Pane] = ["unchanged"] if ask.removal is None else ["unchanged", "removed"]
+    replies = {pane: Reply(strength=float(pane == "removed")) for pane in panes}
+    shown = -math.inf
+    for number, news in stream_replies(
+        [(served.pair[i], conversation((*earlier, turn), pane)) for i, pane in enumerate(panes)],
+        max_new_tokens=ask.max_new_tokens,
+        temperature=ask.temperature,
+        seed=ask.seed,
+        stop=stop,
+    ):
+        pane = panes[number]
+        replies[pane] = replace(
+            replies[pane], text=news.text, ending=news.ending, n_tokens=news.n_tokens, problem=news.problem
+        )
+        now = time.monotonic()
+        if now - shown >= 1 / UPDATES_PER_SECOND and not all(reply.ending for reply in replies.values()):
+            shown = now
+            yield replace(turn, replies=dict(replies))
+    yield replace(turn, replies={pane: replace(r, ending=r.ending or "stopped") for pane, r in replies.items()})
 
 
 def _strengths(ask: Ask) -> dict[Pane, float]:
@@ -379,7 +415,8 @@ def view(turns: Sequence[Turn], run: int, *, running: bool = False, error: str =
 def _reply_view(reply: Reply) -> dict:
     shown = {
         "text": reply.text,
-        "tokens": len(reply.ids),
+        "tokens": len(reply.ids) or reply.n_tokens,
+        "problem": reply.problem,
         "ending": reply.ending or "",
         "refusal": reply.refusal,
         "strength": reply.strength,
@@ -406,21 +443,31 @@ def _notice(turn: Turn) -> str:
 
 def opening_view(ready: Ready) -> dict:
     """The first view: prompts to choose from, drawn from those the direction has not seen, and one to begin with."""
-    examples = ready.examples
+    source = ready.direction.source
+    about = {
+        "model": ready.model.name,
+        "digest": ready.digest,
+        "layer": source.layer,
+        "position": source.position,
+        "writers": list(ready.model.writers),
+    }
+    return _opening(ready.examples, about)
+
+
+def served_view(served: Served) -> dict:
+    """The first view where two servers answer; `closed` says what cannot be done then."""
+    return _opening(served.examples, {"model": served.name, "digest": "", "writers": [], "closed": CLOSED})
+
+
+def _opening(examples: PromptSet, about: dict) -> dict:
     harmless = _examples(examples.harmless, examples.harmless_categories, N_HARMLESS)
     harmful = _examples(examples.harmful, examples.harmful_categories, N_HARMFUL)
-    return view((), 0) | {
-        "examples": {
-            "opening": OPENING,
-            "model": ready.model.name,
-            "digest": ready.digest,
-            "layer": ready.direction.source.layer,
-            "position": ready.direction.source.position,
-            "writers": list(ready.model.writers),
-            "harmless": [text for _, text in harmless],
-            "harmful": [{"category": category, "text": text} for category, text in sorted(harmful)],
-        }
+    chosen = {
+        "opening": OPENING,
+        "harmless": [text for _, text in harmless],
+        "harmful": [{"category": category, "text": text} for category, text in sorted(harmful)],
     }
+    return view((), 0) | {"examples": about | chosen}
 
 
 def _examples(texts: Sequence[str], categories: Sequence[str], n: int) -> list[tuple[str, str]]:
