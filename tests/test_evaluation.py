@@ -296,7 +296,7 @@ def test_the_loss_of_a_reply_is_that_of_plain_transformers_and_of_its_tokens_one
 
 
 def test_damage_by_strength_is_that_of_each_strength_alone(model: ChatModel, found: Found):
-    texts, r, scales = load_prompts("test").draw(3).harmless, found.direction, (-0.5, 0.0, 1.0)
+    texts, r, scales = load_prompts("test").draw(3).harmless, found.direction, (-0.5, 0.0, 2.0)
     *progress, damage = damage_curve(model, texts, r, "add", max_new_tokens=16, scales=scales)
     assert isinstance(damage, Damage) and [(p.done, p.total) for p in progress if isinstance(p, Progress)] == [(9, 9)]
     replies = {}
@@ -313,6 +313,7 @@ def test_damage_by_strength_is_that_of_each_strength_alone(model: ChatModel, fou
         )
         assert damage.repetition[i] == pytest.approx(sum(map(repetition, replies[scale])) / 3)
     assert damage.cross_entropy[1] < damage.cross_entropy[2] and damage.kl[1] == 0
+    assert damage.repetition[1] < damage.repetition[2], "there must have been something to count"
     stop = threading.Event()
     stop.set()
     assert list(damage_curve(model, texts, r, "add", stop=stop)) == []
