@@ -42,9 +42,8 @@ class Wish:
                 said = {"n": "The number of prompts", "max_new_tokens": "The longest reply"}.get(name, "The run")
                 raise PromptError(f"{said} is a whole number from {low} to {high}: set it again.")
             values[name] = value
-        return cls(
-            **values, **{name: value for name in ("first", "second") if isinstance(value := sent.get(name), str)}
-        )
+        first, second = (str(sent.get(name) or "") for name in ("first", "second"))
+        return cls(**values, first=first, second=second)
 
 
 def measured(ready: Ready, wish: Wish, stop: threading.Event, *, local: bool = False) -> Iterator[dict]:
