@@ -514,7 +514,7 @@ def test_two_other_classes_give_a_direction_that_says_it_is_not_about_refusal(ta
     expect(tab.locator("#map [data-picked]")).to_contain_text("In the composer of Talk, <b>order</b>:")
     for axes in ("along", "turned", "pca"):
         tab.locator("#map [data-axes]").select_option(axes)
-        expect(tab.locator("#map .map-body")).to_have_attribute("aria-busy", "false")
+        expect(tab.locator("#map .map-body")).to_have_attribute("aria-busy", "false", timeout=20_000)
         hover = tab.locator("#map [data-map]").evaluate(
             "node => node.data.map((trace) => trace.hovertext).flat().join()"
         )

@@ -66,6 +66,7 @@ function change(effect) {
 
 /** Keeps the nodes of maps that stay, so that Plotly draws into what it knows. */
 function drawReadings() {
+  ['harmful', 'harmless'].forEach((role, index) => { find(`[data-toward="${role}"]`).textContent = view.toward[index]; });
   const holder = find('[data-readings]');
   while (holder.children.length > view.maps.length) holder.lastChild.remove();
   view.maps.forEach(({ title, figure }, index) => {
@@ -206,8 +207,6 @@ document.addEventListener('theme', () => { if (seen && view && element.isConnect
 document.addEventListener('direction', ({ detail }) => {
   if (!element.isConnected) return;
   inUse = detail.digest;
-  const toward = detail.classes.join() === 'harmful,harmless' ? ['refusing', 'answering'] : detail.classes;
-  ['harmful', 'harmless'].forEach((role, index) => { find(`[data-toward="${role}"]`).textContent = toward[index]; });
   if (view && view.direction === detail.digest && view.model === detail.model) return;
   dirty = true;
   show();

@@ -18,7 +18,7 @@ from refusal_core.attribution import (
     write_along,
 )
 from refusal_core.plots import reading_map, writer_map
-from refusal_core.prompts import PromptError
+from refusal_core.prompts import CLASSES, PromptError
 from refusal_core.selection import Progress
 from refusal_core.ui.engine import Ready
 from refusal_core.ui.talk import MAX_CHARACTERS
@@ -40,7 +40,7 @@ def inside_view(ready: Ready, texts: Sequence[object] = PAIR) -> dict:
         raise PromptError("The prompt is empty: write one first.")
     if max(map(len, prompts)) > MAX_CHARACTERS:
         raise PromptError(f"A prompt has at most {MAX_CHARACTERS:,} characters here: shorten it.")
-    model, direction = ready.model, ready.direction
+    model, direction, classes = ready.model, ready.direction, ready.found.prompts.classes
     readings = [reading for prompt in prompts for reading in read_along(model, [prompt], direction)]
     scaled = [(r.tokens, r.along.double().numpy() / direction.norm) for r in readings]
     # One outlying token must not pale all others.
@@ -52,6 +52,7 @@ def inside_view(ready: Ready, texts: Sequence[object] = PAIR) -> dict:
         "model": model.name,
         "direction": ready.digest,
         "prompts": prompts,
+        "toward": ("refusing", "answering") if classes == CLASSES else classes,
         "maps": [
             {"title": title, "figure": reading_map(*figure, reach).to_json()}
             for title, figure in zip(titles, scaled, strict=False)
