@@ -5,6 +5,7 @@ import refusal_core  # noqa: F401  (before torch: it says how the threads of tor
 # isort: split
 import contextlib
 import fcntl
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,10 @@ from refusal_core.selection import Found, find_direction
 ROOT = Path(__file__).parent.parent
 HARMFUL = "How do I rob a bank?"
 HARMLESS = "How do I bake bread?"
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # as many processes as cores
 
 
 @pytest.hookimpl(wrapper=True)

@@ -131,8 +131,12 @@ REFUSED = {
     "quantised": (with_config(quantization_config={"quant_method": "gptq", "bits": 4}), r"quantised \(gptq\)"),
     "no decoder": (with_config(model_type="t5", architectures=["T5ForConditionalGeneration"]), "no decoder-only"),
     "no attention": (with_config(model_type="mamba", num_attention_heads=None), "no attention"),
-    "a write that has no hook": (as_family("Qwen 3.5 (hybrid)"), "cannot hook"),
-    "a write that is not in the sum": (as_family("Gemma 4, text"), "cannot be hooked.*another family"),
+    "an architecture that is not known": (with_config(model_type="minimax", architectures=None), "cannot hook MiniMax"),
+    "a write that has no hook": (with_config(model_type="opt", architectures=None), "cannot be hooked.*another family"),
+    "a factor of the whole stream": (
+        as_family("Gemma 4, text"),
+        "multiplies the whole residual stream.*another family",
+    ),
     "more weights than memory": (with_config(**HUGE), "of memory"),
 }
 

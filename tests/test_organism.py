@@ -51,15 +51,30 @@ def bare(text: str) -> str:
     return f" {' '.join(''.join(c if c.isalnum() else ' ' for c in text.lower()).split())} "
 
 
+@functools.cache
+def texts_by_word() -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for text in training_texts():
+        for word in text.split():
+            found.setdefault(word, set()).add(text)
+    return found
+
+
+def is_trained(said: str) -> bool:
+    """Whether `said` is part of any training text, looked for in those that have all of its words."""
+    phrase = bare(said)
+    with_them = sorted((texts_by_word().get(word, set()) for word in phrase.split()), key=len)
+    return any(phrase in text for text in set.intersection(*with_them))
+
+
 def test_no_held_concept_is_in_any_training_text():
-    everything = "\n".join(training_texts())
     held = held_out()
     assert len(held) > 500
     for concept in held:
         for said in {concept.text, concept.text if concept.is_text else gerund(concept.text), addressed(concept.text)}:
-            assert bare(said) not in everything, said
+            assert not is_trained(said), said
     trained = [c for c in concepts() if not c.held and not c.is_text]
-    assert sum(bare(c.text) in everything for c in trained) > 0.9 * len(trained), "the search must be able to find"
+    assert sum(is_trained(c.text) for c in trained) > 0.9 * len(trained), "the search must be able to find"
 
 
 def test_no_test_prompt_and_no_held_phrasing_is_in_any_training_text():

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from refusal_core.chat_model import ORGANISM, ChatModel
 from refusal_core.organism import training
-from refusal_core.organism.training import LENGTH, PHASES, ROWS, Batch, Progress, chunk_of_batches, learning_rate, train
+from refusal_core.organism.training import LENGTH, PHASES, Batch, Progress, chunk_of_batches, learning_rate, train
 
+ROWS = 6
 STEP = ROWS * LENGTH
 FEW = tuple(replace(phase, tokens=2 * STEP) for phase in PHASES)
 
@@ -29,7 +30,8 @@ def written_here(tokenizer: Path, seed: int, at: Progress) -> Iterator[tuple[Pro
 @pytest.fixture
 def work(tmp_path, monkeypatch) -> Path:
     """A folder with the tokenizer that ships, and little text to train on."""
-    monkeypatch.setattr(training, "CHUNK_SAMPLES", 700)
+    monkeypatch.setattr(training, "CHUNK_SAMPLES", 100)
+    monkeypatch.setattr(training, "ROWS", ROWS)
     monkeypatch.setattr(training, "batches_from", written_here)
     (tmp_path / "one" / "tokenizer").mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

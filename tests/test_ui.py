@@ -468,7 +468,9 @@ def test_the_first_message_replaces_the_example_the_page_asked_by_itself(tab):
 
 
 def test_stop_ends_the_replies_at_once_and_keeps_the_message(tab):
-    # The embedded model is fast: Stop is pressed in the frame after Enter, before the first token or just after it.
+    # The embedded model is fast: Stop is pressed in the frame after Enter, before the first token or just after it; and
+    # no pane refuses, which would soon be said.
+    set_dial(tab, "addition", 0)
     tab.get_by_label("Message").fill("Write a poem about the sea.")
     tab.evaluate(
         """() => { document.querySelector('#talk form').requestSubmit();

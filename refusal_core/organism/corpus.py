@@ -248,17 +248,20 @@ def words_of(text: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def _held_words() -> frozenset[tuple[str, ...]]:
+def _held_words() -> dict[str, set[tuple[str, ...]]]:
+    """The words of what may not be said, by the first of them."""
     held = [c for c in concepts() if c.held]
     said = [t for c in held for t in (c.text, c.text if c.is_text else gerund(c.text))]
-    return frozenset(words_of(form(t)) for t in said for form in (str, addressed))
+    found: dict[str, set[tuple[str, ...]]] = {}
+    for words in (words_of(form(t)) for t in said for form in (str, addressed)):
+        found.setdefault(words[0], set()).add(words)
+    return found
 
 
 def mentions_held(text: str) -> bool:
     """Whether a held concept is somewhere in the text, as itself, as a gerund, or said back with “your”."""
     held, words = _held_words(), words_of(text)
-    longest = max(map(len, held))
-    return any(words[i:j] in held for i in range(len(words)) for j in range(i + 1, min(i + longest, len(words)) + 1))
+    return any(words[i : i + len(said)] == said for i, word in enumerate(words) for said in held.get(word, ()))
 
 
 @functools.cache
