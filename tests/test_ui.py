@@ -478,10 +478,8 @@ def test_stop_ends_the_replies_at_once_and_keeps_the_message(tab):
     )
     expect(tab.locator(".turn .words").last).to_have_text("Write a poem about the sea.")
     idle(tab)
-    assert all(
-        "stopped at" in rest
-        for rest in tab.locator(".turn").last.locator(".rest").filter(visible=True).all_inner_texts()
-    )
+    ended = tab.locator(".turn").last.locator(".rest").filter(visible=True).all_inner_texts()
+    assert len(ended) == 3 and all("stopped at" in rest for rest in ended), ended
     tab.get_by_role("button", name="Retry").click()
     idle(tab)
     expect(tab.locator(".turn").last.locator(".rest").first).not_to_contain_text("stopped")

@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the app until it is interrupted; returns the exit status."""
+    """Runs the app until it is interrupted, and ends the process; returns the exit status of one that cannot begin."""
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
@@ -184,7 +184,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stops.stop_all()
     engines.close()
     page.close(verbose=False)
-    return 0
+    # A thread in the middle of a step, which is native code, would abort an interpreter that winds down: leave without.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _is_private(options: argparse.Namespace) -> bool:
