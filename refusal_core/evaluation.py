@@ -196,12 +196,13 @@ def paper_rows(direction: Direction) -> tuple[Row, ...]:
 
 
 def name_of(row: Row) -> str:
-    """What a row does, in words: “direction removed”, “direction added −1×”."""
+    """What a row does, in words: “direction removed”, “direction added −1×”, “direction removed from MLP 3”."""
     said = []
     for i in row:
         what = "removed" if i.kind == "ablate" else "added"
         strength = f" {_signed(i.scale)}×" if i.kind == "add" or i.scale != 1 else ""
-        said.append(f"{i.direction.source.control or 'direction'} {what}{strength}")
+        where = "" if i.writers is None else f" from {' and '.join(sorted(i.writers))}"
+        said.append(f"{i.direction.source.control or 'direction'} {what}{strength}{where}")
     return ", ".join(said) or "unchanged"
 
 
@@ -435,7 +436,8 @@ def _mark(model: ChatModel, row: Row, max_new_tokens: int) -> str:
     """Names what a reply was made with, so that a journal never passes off one setting's reply as another's."""
     digest = hashlib.sha256(f"{model.fingerprint} {model.dtype} {max_new_tokens}".encode())
     for i in row:
-        digest.update(f"{i.kind} {i.scale!r} {i.direction.norm!r} {i.direction.source.layer}".encode())
+        where = "" if i.writers is None else sorted(i.writers)
+        digest.update(f"{i.kind} {i.scale!r} {i.direction.norm!r} {i.direction.source.layer}{where}".encode())
         digest.update(i.direction.unit.numpy().tobytes())
     return digest.hexdigest()[:16]
 

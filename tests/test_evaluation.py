@@ -159,6 +159,16 @@ def test_a_journal_never_gives_the_reply_of_another_setting(model, found, few, t
         assert other.read_text() == text, "somebody else's file is left alone"
 
 
+def test_a_removal_from_some_parts_and_one_from_all_never_share_a_reply_or_a_name(model, found, few):
+    everywhere, here = (Intervention(found.direction, "ablate", writers=w) for w in (None, frozenset({"MLP 1"})))
+    *_, both = evaluate(model, few, [everywhere, here], max_new_tokens=8)
+    *_, one = evaluate(model, few, [everywhere], max_new_tokens=8)
+    *_, other = evaluate(model, few, [here], max_new_tokens=8)
+    texts = [[c.text for c in report.completions] for report in (both, one, other)]
+    assert texts[0] == [*texts[1], *texts[2]] and texts[1] != texts[2]
+    assert [rate.row for rate in both.rates[:2]] == ["direction removed", "direction removed from MLP 1"]
+
+
 def test_a_killed_process_leaves_a_journal_that_another_one_goes_on_from(found: Found, tmp_path):
     journal = tmp_path / "journal"
     found.direction.save(tmp_path / "direction.safetensors")
