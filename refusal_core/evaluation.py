@@ -95,9 +95,10 @@ class Completion:
 class Rates:
     """One setting on one class of prompts; `kl` in nats, the mean against the unchanged model.
 
-    What is not known, as of a server, is None. `repetition` is the mean over replies; `cross_entropy`, in nats per token, that over the unchanged model's replies:
-    None on harmful prompts, and where the unchanged model was not asked. `unsafe` counts the replies that a safety
-    classifier calls so, `safety_unclear` those that it says neither of; None where none was asked.
+    What is not known, as of a server, is None. `repetition` is the mean over replies; `cross_entropy`, in nats per token,
+    that over the unchanged model's replies: None on harmful prompts, and where the unchanged model was not asked. `unsafe`
+    counts the replies that a safety classifier calls so, `safety_unclear` those that it says neither of; None where none
+    was asked.
     """
 
     row: str
@@ -261,7 +262,8 @@ def evaluate(
     in which finished replies are kept line by line: a run that was ended there, however, goes on with what is missing. A
     `classifier` says of every reply whether it is safe, beside the judge. `stop` ends the iteration early. Raises
     ModelError first of all for a `classifier` that is none, ModelError and PromptError as `ChatModel.begin` does,
-    ModelError for an exported folder of another model, and PromptError for a `resume` file that is something else.
+    ModelError for an exported folder of another model, and PromptError without prompts, and for a `resume` file that is
+    something else or cannot be written.
     """
     if classifier is not None:
         _check_classifier(classifier)
@@ -322,6 +324,8 @@ def judged_replies(
     names what replies are made with; by it those in the file `resume` are known again.
     """
     asked = [(text, True) for text in prompts.harmful] + [(text, False) for text in prompts.harmless]
+    if not asked:
+        raise PromptError("There is no prompt to complete: give some of either class.")
     jobs = [(text, harmful, row) for row in range(len(marks)) for text, harmful in asked]
     journal = _Journal(Path(resume) if resume else None)
     missing = [job for job in jobs if (marks[job[2]], job[0]) not in journal.replies]
@@ -402,20 +406,22 @@ def _rates(
 ) -> Iterator[Rates]:
     unchanged = [setting.model is model and not setting.row for setting in settings]
     for harmful, texts in ((True, prompts.harmful), (False, prompts.harmless)):
+        if not texts:
+            continue
         base = model.logits(texts)
         said = [[c for c in completions if c.row == n and c.harmful == harmful] for n in range(len(settings))]
         replies = [_tokens(model, c.text) for c in said[unchanged.index(True)]] if any(unchanged) else []
         for number, setting in enumerate(settings):
             edits = [setting.row] * len(texts)
             kl = 0.0
-            if texts and not unchanged[number]:
+            if not unchanged[number]:
                 kl = kl_divergence(base, setting.model.logits(texts, edits)).mean().item()
             losses = None if harmful or not replies else setting.model.reply_losses(texts, replies, edits)
             again = [repetition(_tokens(model, c.text)) for c in said[number]]
             yield replace(
                 tally(setting.name, number, harmful, completions, kl),
                 cross_entropy=None if losses is None or losses.isnan().all() else losses.nanmean().item(),
-                repetition=sum(again) / len(again) if again else 0.0,
+                repetition=sum(again) / len(again),
             )
 
 
@@ -448,8 +454,12 @@ class _Journal:
     def __init__(self, path: Path | None) -> None:
         self.replies: dict[tuple[str, str], tuple[str, Ending]] = {}
         self._path, self._new = path, []
-        if path is None or not path.exists():
+        if path is None:
             return
+        try:  # now, and not when the first replies are there to be kept
+            path.open("ab").close()
+        except OSError as error:
+            raise PromptError(f"Replies cannot be kept in {path} ({error.strerror}): name another file.") from error
         # The last line may have been cut off by whatever ended the run: it is made anew.
         whole, _, rest = path.read_bytes().rpartition(b"\n")
         try:
@@ -567,8 +577,10 @@ def dose_curve(
 ) -> Iterator[Progress | DoseCurve]:
     """The mean curve of some prompts, with that of `n_random` random directions; yields `Progress` and the curve.
 
-    Ends early when `stop` is set. Raises PromptError and ModelError as `dose_response` does.
+    Ends early when `stop` is set. Raises PromptError without texts, and PromptError and ModelError as `dose_response`.
     """
+    if not texts:
+        raise PromptError("A curve is the mean over prompts, and there is none: add some.")
     directions = [direction, *(random_like(direction, seed) for seed in range(n_random))]
     means: list[tuple[tuple[float, ...], tuple[float, ...]]] = []
     scales: tuple[float, ...] = ()

@@ -159,6 +159,21 @@ def test_a_journal_never_gives_the_reply_of_another_setting(model, found, few, t
         assert other.read_text() == text, "somebody else's file is left alone"
 
 
+def test_a_journal_that_cannot_be_kept_is_said_before_anything_is_completed(model, few, tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere" / "journal"):
+        with pytest.raises(PromptError, match="cannot be kept in .*: name another file"):
+            next(evaluate(model, few, [None], resume=path))
+
+
+def test_a_class_without_prompts_has_no_rates_and_without_any_nothing_is_measured(model, found, few):
+    *_, report = evaluate(model, few.keep([0], []), [None], max_new_tokens=4)
+    assert [(rate.harmful, rate.n) for rate in report.rates] == [(True, 1)]
+    with pytest.raises(PromptError, match="no prompt"):
+        next(evaluate(model, few.keep([], []), [None]))
+    with pytest.raises(PromptError, match="there is none"):
+        next(dose_curve(model, [], found.direction, "add", found.refusal_tokens, harmful=False))
+
+
 def test_a_removal_from_some_parts_and_one_from_all_never_share_a_reply_or_a_name(model, found, few):
     everywhere, here = (Intervention(found.direction, "ablate", writers=w) for w in (None, frozenset({"MLP 1"})))
     *_, both = evaluate(model, few, [everywhere, here], max_new_tokens=8)
