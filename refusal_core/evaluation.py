@@ -20,6 +20,7 @@ addition leaves the blocks below its layer as they are: its rows restart from on
 
 import hashlib
 import json
+import math
 import os
 import threading
 from collections import deque
@@ -32,13 +33,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from refusal_core.chat_model import ChatModel, Conversation, ModelError
+from refusal_core.chat_model import ChatModel, Conversation, ModelError, Reading
 from refusal_core.directions import Direction, random_like
 from refusal_core.generation import Ending, stream_side_by_side
 from refusal_core.interventions import Intervention, Kind, Row
 from refusal_core.metrics import (
     Rules,
     Safety,
+    finite,
     judge,
     kl_divergence,
     read_safety,
@@ -54,7 +56,7 @@ ADDITIONS = (-1.0, -0.8, -0.6, -0.4, -0.2, *REMOVALS, 1.2, 1.4, 1.6, 1.8, 2.0)
 """The strengths of a curve: 11 and 21, finer where replies tend to flip; 0 and 1 are among them."""
 
 N_DAMAGE = 12
-"""How many harmless prompts the damage by strength is the mean of: each is answered at every strength."""
+"""How many harmless prompts the damage by strength is the mean of: each is answered at every strength that changes it."""
 
 Replies = dict[int, tuple[str, Ending]]
 """Some of the replies to a list of prompts, by index, with their endings."""
@@ -123,7 +125,8 @@ class Damage:
     """What a direction costs at each strength, in rising order: means over the replies to `n` harmless prompts.
 
     `kl` is of the first token against the untouched model, in nats; `cross_entropy` of its greedy replies of at most
-    `max_new_tokens`, in nats per token; `repetition` the share of repeated 4-grams in the replies at that strength.
+    `max_new_tokens`, in nats per token, NaN if all are empty; `repetition` the share of repeated 4-grams in the replies
+    at that strength.
     """
 
     kind: Kind
@@ -144,7 +147,7 @@ def damage_table(damages: Sequence[Damage]) -> str:
     for d in damages:
         what = "direction removed" if d.kind == "ablate" else "direction added"
         for scale, kl, ce, again in zip(d.scales, d.kl, d.cross_entropy, d.repetition, strict=True):
-            lines.append(f"| {what} | {_signed(scale)} | {d.n} | {kl:.3f} | {ce:.3f} | {again:.1%} |")
+            lines.append(f"| {what} | {_signed(scale)} | {d.n} | {_nats(kl)} | {_nats(ce)} | {again:.1%} |")
     return "\n".join(lines)
 
 
@@ -174,15 +177,19 @@ class Report:
         for r in self.rates:
             cls = "harmful" if r.harmful else "harmless"
             shares = " | ".join(_share(k, r.n) for k in (r.refused, r.answered, r.unclear))
-            kl, ce = ("–" if x is None else f"{x:.3f}" for x in (r.kl, r.cross_entropy))
+            kl, ce = map(_nats, (r.kl, r.cross_entropy))
             again = "–" if r.repetition is None else f"{r.repetition:.1%}"
             safety = f" {_share(r.unsafe, r.n)} | {r.safety_unclear} |" if r.unsafe is not None else ""
             lines.append(f"| {cls} | {r.row} | {r.n} | {shares} | {kl} | {ce} | {again} |{safety}")
         return "\n".join([*lines, *(["", damage_table(self.damage)] if self.damage else [])])
 
     def as_json(self) -> str:
-        """Everything, completions included."""
-        return json.dumps(asdict(self), indent=1)
+        """Everything, completions included; a number that cannot be had is null."""
+        return json.dumps(finite(asdict(self)), indent=1, allow_nan=False)
+
+
+def _nats(x: float | None) -> str:
+    return "–" if x is None or not math.isfinite(x) else f"{x:.3f}"
 
 
 def _share(k: int, n: int) -> str:
@@ -416,7 +423,7 @@ def _rates(
             kl = 0.0
             if not unchanged[number]:
                 kl = kl_divergence(base, setting.model.logits(texts, edits)).mean().item()
-            losses = None if harmful or not replies else setting.model.reply_losses(texts, replies, edits)
+            losses = None if harmful or not replies else setting.model.read_replies(texts, replies, edits).losses
             again = [repetition(_tokens(model, c.text)) for c in said[number]]
             yield replace(
                 tally(setting.name, number, harmful, completions, kl),
@@ -619,32 +626,44 @@ def damage_curve(
 ) -> Iterator[Progress | Damage]:
     """What the direction costs on harmless `texts` at `scales`, by default `REMOVALS` or `ADDITIONS`; at last `Damage`.
 
+    One step reads the untouched model's replies at a strength; only those are completed anew that would change there.
     Ends early when `stop` is set. Raises PromptError without texts, and PromptError and ModelError as `ChatModel.begin`.
     """
     if not texts:
         raise PromptError("Damage is measured on harmless prompts, and there is none: add some.")
     scales = tuple(scales) if scales is not None else REMOVALS if kind == "ablate" else ADDITIONS
     rows: list[Row] = [(), *((Intervention(direction, kind, scale),) for scale in scales if scale)]
-    jobs = [(text, row) for row in rows for text in texts]
-    replies: dict[int, list[int]] = {}
+    n, total = len(texts), len(rows) * len(texts)
     stage = f"damage of {'removal' if kind == 'ablate' else 'addition'}"
-    asked, edits = [text for text, _ in jobs], [row for _, row in jobs]
-    for batch in complete(model, asked, edits, max_new_tokens=max_new_tokens, stop=stop):
-        replies |= {i: _tokens(model, text) for i, (text, _) in batch.items()}
-        yield Progress(stage, len(replies), len(jobs))
-    if len(replies) < len(jobs):
+    said: dict[int, list[int]] = {}  # by the number of the row, times n, and that of the text
+    for batch in complete(model, texts, [()] * n, max_new_tokens=max_new_tokens, stop=stop):
+        said |= {i: _tokens(model, text) for i, (text, _) in batch.items()}
+        yield Progress(stage, len(said), total)
+    if len(said) < n:
         return
-    n, base = len(texts), model.logits(texts)
-    untouched, measured = [replies[i] for i in range(n)], []
+    untouched, readings = [said[i] for i in range(n)], list[Reading]()
     for number, row in enumerate(rows):
-        mine = [replies[i] for i in range(number * n, (number + 1) * n)]
-        measured.append(
-            (
-                kl_divergence(base, model.logits(texts, [row] * n)).mean().item() if row else 0.0,
-                model.reply_losses(texts, untouched, [row] * n).nanmean().item(),
-                sum(map(repetition, mine)) / n,
-            )
+        if stop is not None and stop.is_set():
+            return
+        readings.append(model.read_replies(texts, untouched, [row] * n, max_new_tokens=max_new_tokens))
+        # Who would have said the same need not say it again.
+        said |= {number * n + i: untouched[i] for i in readings[-1].own.nonzero().flatten().tolist()}
+        yield Progress(stage, len(said), total)
+    missing = [i for i in range(total) if i not in said]
+    asked, edits = [texts[i % n] for i in missing], [rows[i // n] for i in missing]
+    for batch in complete(model, asked, edits, max_new_tokens=max_new_tokens, stop=stop):
+        said |= {missing[i]: _tokens(model, text) for i, (text, _) in batch.items()}
+        yield Progress(stage, len(said), total)
+    if len(said) < total:
+        return
+    measured = [
+        (
+            kl_divergence(readings[0].first, reading.first).mean().item(),
+            reading.losses.nanmean().item(),
+            sum(repetition(said[number * n + i]) for i in range(n)) / n,
         )
+        for number, reading in enumerate(readings)
+    ]
     edited = iter(measured[1:])
     kl, cross_entropy, again = zip(*(next(edited) if scale else measured[0] for scale in scales), strict=True)
     yield Damage(kind, n, max_new_tokens, scales, kl, cross_entropy, again)
