@@ -15,7 +15,7 @@ import torch
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import Direction, DirectionError
 from refusal_core.endpoints import add_endpoints, evaluate_endpoints, read_endpoints
-from refusal_core.evaluation import N_DAMAGE, Report, damage_curve, evaluate, paper_rows
+from refusal_core.evaluation import N_CURVE, Report, damage_curve, evaluate, paper_rows
 from refusal_core.findings import as_json, find_or_recall, funnel, load_found, save_found
 from refusal_core.formats import load_direction
 from refusal_core.generation import MAX_NEW_TOKENS
@@ -202,7 +202,7 @@ def _evaluate_here(options: argparse.Namespace, prompts: PromptSet, how: dict[st
     )
     if not options.strengths:
         return report
-    texts, length = prompts.harmless[:N_DAMAGE], options.max_new_tokens
+    texts, length = prompts.harmless[:N_CURVE], options.max_new_tokens
     kinds: tuple[Kind, ...] = ("ablate", "add")
     damage = (followed(damage_curve(model, texts, direction, kind, max_new_tokens=length)) for kind in kinds)
     return replace(report, damage=tuple(damage))

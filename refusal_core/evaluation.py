@@ -55,8 +55,8 @@ REMOVALS = tuple(i / 10 for i in range(11))
 ADDITIONS = (-1.0, -0.8, -0.6, -0.4, -0.2, *REMOVALS, 1.2, 1.4, 1.6, 1.8, 2.0)
 """The strengths of a curve: 11 and 21, finer where replies tend to flip; 0 and 1 are among them."""
 
-N_DAMAGE = 12
-"""How many harmless prompts the damage by strength is the mean of: each is answered at every strength that changes it."""
+N_CURVE = 12
+"""How many prompts of a class a curve by strength is the mean of, where a page or a command measures one."""
 
 Replies = dict[int, tuple[str, Ending]]
 """Some of the replies to a list of prompts, by index, with their endings."""
@@ -64,7 +64,6 @@ Replies = dict[int, tuple[str, Ending]]
 MAX_TOKENS = 4096
 BATCH = 48
 """How many tokens a forward step of a curve has, and how many replies grow at once."""
-
 
 SAFETY_TOKENS = 24
 """A safety classifier's reply is a word and the categories that a text falls into."""
