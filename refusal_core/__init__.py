@@ -25,6 +25,7 @@ Each module is a room, and may import only rooms above it:
     organism/       the embedded model: corpus, training, evaluation
     ui/             the page, one tab per file
     terminal        bars, tables, and a chat in three columns
+    commands        the commands of the command line: their options, and what they print
     __main__        the command line: app, find, chat, evaluate, export
 
 A `Direction` read from a `ChatModel` becomes an `Intervention`, a row of a batch carries some of them, and the

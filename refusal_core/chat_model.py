@@ -24,7 +24,7 @@ from typing import Any, Literal, cast
 import jinja2
 import torch
 import transformers
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -79,6 +79,20 @@ class Output:
     resid_pre: Float[Tensor, "row pos layer d_model"] | None = None
     writes: Float[Tensor, "row pos writer d_model"] | None = None
     head_inputs: tuple[Float[Tensor, "row pos heads_x_d_head"], ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a model makes of replies, whoever wrote them.
+
+    `losses` are their cross-entropies, the mean of −log p over a reply's tokens, in nats; NaN for an empty one. `first`
+    are the logits of the first token, float32 on the CPU. `own` says whether the model's own greedy reply is just this,
+    its end included: up to rounding, as always when one step reads what others would have said token by token.
+    """
+
+    losses: Float[Tensor, " row"]
+    first: Float[Tensor, "row d_vocab"]
+    own: Bool[Tensor, " row"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -355,22 +369,27 @@ class ChatModel:
             out[list(batch.index)] = step.logits.float().cpu()
         return out
 
-    def reply_losses(
+    def read_replies(
         self,
         conversations: Sequence[Conversation],
         replies: Sequence[Sequence[int]],
         rows: Sequence[Row | Intervention | None] | None = None,
-    ) -> Float[Tensor, " row"]:
-        """The cross-entropy of each reply, whoever wrote it: the mean of −log p over its tokens, in nats, float64.
+        *,
+        max_new_tokens: int | None = None,
+    ) -> Reading:
+        """What the model, with each row's interventions, makes of these replies, each read whole in one step.
 
-        NaN for an empty reply; one that does not fit is read as far as it does. Raises as `logits` does.
+        A reply that does not fit is read as far as it does; one of its own has at most `max_new_tokens`. Raises as
+        `logits` does.
         """
         rows = self.check_rows(rows, len(conversations))
         room = [self.n_ctx - len(self.render(c)) for c in conversations]
-        read = [tuple(reply[:most]) for reply, most in zip(replies, room, strict=True)]
-        out = torch.full((len(read),), torch.nan, dtype=torch.float64)
+        read = [list(reply[:most]) for reply, most in zip(replies, room, strict=True)]
+        losses = torch.full((len(read),), torch.nan, dtype=torch.float64)
+        first, own = torch.empty(len(read), self.d_vocab), torch.zeros(len(read), dtype=torch.bool)
         order = sorted(range(len(read)), key=lambda i: len(read[i]), reverse=True)
-        while order and (longest := len(read[order[0]])):
+        while order:
+            longest = len(read[order[0]])
             n = max(1, MOST_LOGITS // ((longest + 1) * self.d_vocab))
             now, order = order[:n], order[n:]
             batch = self.continued([conversations[i] for i in now], [read[i] for i in now])
@@ -379,11 +398,17 @@ class ChatModel:
             with self._lock:
                 inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": places}
                 logits = self._run(step, longest + 1, use_cache=False, **inputs).logits
-            said = logits[:, :-1].float().log_softmax(-1).gather(-1, batch.ids[:, -longest:, None])[..., 0]
-            for row, i in enumerate(now):
-                if read[i]:
-                    out[i] = -said[row, -len(read[i]) :].double().mean().item()
-        return out
+            tokens = batch.ids[:, batch.ids.shape[1] - longest :, None]
+            said = logits[:, :-1].float().log_softmax(-1).gather(-1, tokens)[..., 0].cpu()
+            for row, (i, likeliest) in enumerate(zip(now, logits.argmax(-1).tolist(), strict=True)):
+                begin, n_tokens = longest - len(read[i]), len(read[i])
+                losses[i] = -said[row, begin:].double().mean().item()
+                first[i] = logits[row, begin].float().cpu()
+                most = room[i] if max_new_tokens is None else min(max_new_tokens, room[i])
+                is_whole = n_tokens == len(replies[i]) <= most and self.end_tokens.isdisjoint(read[i])
+                ends = n_tokens == most or likeliest[-1] in self.end_tokens
+                own[i] = is_whole and ends and likeliest[begin:-1] == read[i]
+        return Reading(losses, first, own)
 
     def run(
         self,

@@ -371,8 +371,9 @@ def evaluate_endpoints(
 ) -> Iterator[Progress | Report]:
     """As `evaluate`, of the models behind two endpoints: unchanged, and with the direction removed.
 
-    The distributions stay at the servers, so the rates have no KL. Raises EndpointError for the first reply that cannot
-    be had; what came before it is in the `resume` file.
+    The distributions stay at the servers, so the rates have no KL. What is in the `resume` file is known again by the
+    server's address, its model's name and the length: for other weights under the same name take a new file. Raises
+    EndpointError for the first reply that cannot be had; what came before it is in that file.
     """
     pair = named(pair[0], stop), named(pair[1], stop)
 

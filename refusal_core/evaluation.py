@@ -20,6 +20,7 @@ addition leaves the blocks below its layer as they are: its rows restart from on
 
 import hashlib
 import json
+import math
 import os
 import threading
 from collections import deque
@@ -32,13 +33,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from refusal_core.chat_model import ChatModel, Conversation, ModelError
+from refusal_core.chat_model import ChatModel, Conversation, ModelError, Reading
 from refusal_core.directions import Direction, random_like
 from refusal_core.generation import Ending, stream_side_by_side
 from refusal_core.interventions import Intervention, Kind, Row
 from refusal_core.metrics import (
     Rules,
     Safety,
+    finite,
     judge,
     kl_divergence,
     read_safety,
@@ -53,8 +55,8 @@ REMOVALS = tuple(i / 10 for i in range(11))
 ADDITIONS = (-1.0, -0.8, -0.6, -0.4, -0.2, *REMOVALS, 1.2, 1.4, 1.6, 1.8, 2.0)
 """The strengths of a curve: 11 and 21, finer where replies tend to flip; 0 and 1 are among them."""
 
-N_DAMAGE = 12
-"""How many harmless prompts the damage by strength is the mean of: each is answered at every strength."""
+N_CURVE = 12
+"""How many prompts of a class a curve by strength is the mean of, where a page or a command measures one."""
 
 Replies = dict[int, tuple[str, Ending]]
 """Some of the replies to a list of prompts, by index, with their endings."""
@@ -62,7 +64,6 @@ Replies = dict[int, tuple[str, Ending]]
 MAX_TOKENS = 4096
 BATCH = 48
 """How many tokens a forward step of a curve has, and how many replies grow at once."""
-
 
 SAFETY_TOKENS = 24
 """A safety classifier's reply is a word and the categories that a text falls into."""
@@ -95,9 +96,10 @@ class Completion:
 class Rates:
     """One setting on one class of prompts; `kl` in nats, the mean against the unchanged model.
 
-    What is not known, as of a server, is None. `repetition` is the mean over replies; `cross_entropy`, in nats per token, that over the unchanged model's replies:
-    None on harmful prompts, and where the unchanged model was not asked. `unsafe` counts the replies that a safety
-    classifier calls so, `safety_unclear` those that it says neither of; None where none was asked.
+    What is not known, as of a server, is None. `repetition` is the mean over replies; `cross_entropy`, in nats per token,
+    that over the unchanged model's replies: None on harmful prompts, and where the unchanged model was not asked. `unsafe`
+    counts the replies that a safety classifier calls so, `safety_unclear` those that it says neither of; None where none
+    was asked.
     """
 
     row: str
@@ -122,7 +124,8 @@ class Damage:
     """What a direction costs at each strength, in rising order: means over the replies to `n` harmless prompts.
 
     `kl` is of the first token against the untouched model, in nats; `cross_entropy` of its greedy replies of at most
-    `max_new_tokens`, in nats per token; `repetition` the share of repeated 4-grams in the replies at that strength.
+    `max_new_tokens`, in nats per token, NaN if all are empty; `repetition` the share of repeated 4-grams in the replies
+    at that strength.
     """
 
     kind: Kind
@@ -143,7 +146,7 @@ def damage_table(damages: Sequence[Damage]) -> str:
     for d in damages:
         what = "direction removed" if d.kind == "ablate" else "direction added"
         for scale, kl, ce, again in zip(d.scales, d.kl, d.cross_entropy, d.repetition, strict=True):
-            lines.append(f"| {what} | {_signed(scale)} | {d.n} | {kl:.3f} | {ce:.3f} | {again:.1%} |")
+            lines.append(f"| {what} | {_signed(scale)} | {d.n} | {_nats(kl)} | {_nats(ce)} | {again:.1%} |")
     return "\n".join(lines)
 
 
@@ -173,15 +176,19 @@ class Report:
         for r in self.rates:
             cls = "harmful" if r.harmful else "harmless"
             shares = " | ".join(_share(k, r.n) for k in (r.refused, r.answered, r.unclear))
-            kl, ce = ("–" if x is None else f"{x:.3f}" for x in (r.kl, r.cross_entropy))
+            kl, ce = map(_nats, (r.kl, r.cross_entropy))
             again = "–" if r.repetition is None else f"{r.repetition:.1%}"
             safety = f" {_share(r.unsafe, r.n)} | {r.safety_unclear} |" if r.unsafe is not None else ""
             lines.append(f"| {cls} | {r.row} | {r.n} | {shares} | {kl} | {ce} | {again} |{safety}")
         return "\n".join([*lines, *(["", damage_table(self.damage)] if self.damage else [])])
 
     def as_json(self) -> str:
-        """Everything, completions included."""
-        return json.dumps(asdict(self), indent=1)
+        """Everything, completions included; a number that cannot be had is null."""
+        return json.dumps(finite(asdict(self)), indent=1, allow_nan=False)
+
+
+def _nats(x: float | None) -> str:
+    return "–" if x is None or not math.isfinite(x) else f"{x:.3f}"
 
 
 def _share(k: int, n: int) -> str:
@@ -196,12 +203,13 @@ def paper_rows(direction: Direction) -> tuple[Row, ...]:
 
 
 def name_of(row: Row) -> str:
-    """What a row does, in words: “direction removed”, “direction added −1×”."""
+    """What a row does, in words: “direction removed”, “direction added −1×”, “direction removed from MLP 3”."""
     said = []
     for i in row:
         what = "removed" if i.kind == "ablate" else "added"
         strength = f" {_signed(i.scale)}×" if i.kind == "add" or i.scale != 1 else ""
-        said.append(f"{i.direction.source.control or 'direction'} {what}{strength}")
+        where = "" if i.writers is None else f" from {' and '.join(sorted(i.writers))}"
+        said.append(f"{i.direction.source.control or 'direction'} {what}{strength}{where}")
     return ", ".join(said) or "unchanged"
 
 
@@ -260,7 +268,8 @@ def evaluate(
     in which finished replies are kept line by line: a run that was ended there, however, goes on with what is missing. A
     `classifier` says of every reply whether it is safe, beside the judge. `stop` ends the iteration early. Raises
     ModelError first of all for a `classifier` that is none, ModelError and PromptError as `ChatModel.begin` does,
-    ModelError for an exported folder of another model, and PromptError for a `resume` file that is something else.
+    ModelError for an exported folder of another model, and PromptError without prompts, and for a `resume` file that is
+    something else or cannot be written.
     """
     if classifier is not None:
         _check_classifier(classifier)
@@ -321,6 +330,8 @@ def judged_replies(
     names what replies are made with; by it those in the file `resume` are known again.
     """
     asked = [(text, True) for text in prompts.harmful] + [(text, False) for text in prompts.harmless]
+    if not asked:
+        raise PromptError("There is no prompt to complete: give some of either class.")
     jobs = [(text, harmful, row) for row in range(len(marks)) for text, harmful in asked]
     journal = _Journal(Path(resume) if resume else None)
     missing = [job for job in jobs if (marks[job[2]], job[0]) not in journal.replies]
@@ -401,20 +412,22 @@ def _rates(
 ) -> Iterator[Rates]:
     unchanged = [setting.model is model and not setting.row for setting in settings]
     for harmful, texts in ((True, prompts.harmful), (False, prompts.harmless)):
+        if not texts:
+            continue
         base = model.logits(texts)
         said = [[c for c in completions if c.row == n and c.harmful == harmful] for n in range(len(settings))]
         replies = [_tokens(model, c.text) for c in said[unchanged.index(True)]] if any(unchanged) else []
         for number, setting in enumerate(settings):
             edits = [setting.row] * len(texts)
             kl = 0.0
-            if texts and not unchanged[number]:
+            if not unchanged[number]:
                 kl = kl_divergence(base, setting.model.logits(texts, edits)).mean().item()
-            losses = None if harmful or not replies else setting.model.reply_losses(texts, replies, edits)
+            losses = None if harmful or not replies else setting.model.read_replies(texts, replies, edits).losses
             again = [repetition(_tokens(model, c.text)) for c in said[number]]
             yield replace(
                 tally(setting.name, number, harmful, completions, kl),
                 cross_entropy=None if losses is None or losses.isnan().all() else losses.nanmean().item(),
-                repetition=sum(again) / len(again) if again else 0.0,
+                repetition=sum(again) / len(again),
             )
 
 
@@ -435,7 +448,8 @@ def _mark(model: ChatModel, row: Row, max_new_tokens: int) -> str:
     """Names what a reply was made with, so that a journal never passes off one setting's reply as another's."""
     digest = hashlib.sha256(f"{model.fingerprint} {model.dtype} {max_new_tokens}".encode())
     for i in row:
-        digest.update(f"{i.kind} {i.scale!r} {i.direction.norm!r} {i.direction.source.layer}".encode())
+        where = "" if i.writers is None else sorted(i.writers)
+        digest.update(f"{i.kind} {i.scale!r} {i.direction.norm!r} {i.direction.source.layer}{where}".encode())
         digest.update(i.direction.unit.numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -446,8 +460,12 @@ class _Journal:
     def __init__(self, path: Path | None) -> None:
         self.replies: dict[tuple[str, str], tuple[str, Ending]] = {}
         self._path, self._new = path, []
-        if path is None or not path.exists():
+        if path is None:
             return
+        try:  # now, and not when the first replies are there to be kept
+            path.open("ab").close()
+        except OSError as error:
+            raise PromptError(f"Replies cannot be kept in {path} ({error.strerror}): name another file.") from error
         # The last line may have been cut off by whatever ended the run: it is made anew.
         whole, _, rest = path.read_bytes().rpartition(b"\n")
         try:
@@ -565,8 +583,10 @@ def dose_curve(
 ) -> Iterator[Progress | DoseCurve]:
     """The mean curve of some prompts, with that of `n_random` random directions; yields `Progress` and the curve.
 
-    Ends early when `stop` is set. Raises PromptError and ModelError as `dose_response` does.
+    Ends early when `stop` is set. Raises PromptError without texts, and PromptError and ModelError as `dose_response`.
     """
+    if not texts:
+        raise PromptError("A curve is the mean over prompts, and there is none: add some.")
     directions = [direction, *(random_like(direction, seed) for seed in range(n_random))]
     means: list[tuple[tuple[float, ...], tuple[float, ...]]] = []
     scales: tuple[float, ...] = ()
@@ -605,32 +625,44 @@ def damage_curve(
 ) -> Iterator[Progress | Damage]:
     """What the direction costs on harmless `texts` at `scales`, by default `REMOVALS` or `ADDITIONS`; at last `Damage`.
 
+    One step reads the untouched model's replies at a strength; only those are completed anew that would change there.
     Ends early when `stop` is set. Raises PromptError without texts, and PromptError and ModelError as `ChatModel.begin`.
     """
     if not texts:
         raise PromptError("Damage is measured on harmless prompts, and there is none: add some.")
     scales = tuple(scales) if scales is not None else REMOVALS if kind == "ablate" else ADDITIONS
     rows: list[Row] = [(), *((Intervention(direction, kind, scale),) for scale in scales if scale)]
-    jobs = [(text, row) for row in rows for text in texts]
-    replies: dict[int, list[int]] = {}
+    n, total = len(texts), len(rows) * len(texts)
     stage = f"damage of {'removal' if kind == 'ablate' else 'addition'}"
-    asked, edits = [text for text, _ in jobs], [row for _, row in jobs]
-    for batch in complete(model, asked, edits, max_new_tokens=max_new_tokens, stop=stop):
-        replies |= {i: _tokens(model, text) for i, (text, _) in batch.items()}
-        yield Progress(stage, len(replies), len(jobs))
-    if len(replies) < len(jobs):
+    said: dict[int, list[int]] = {}  # by the number of the row, times n, and that of the text
+    for batch in complete(model, texts, [()] * n, max_new_tokens=max_new_tokens, stop=stop):
+        said |= {i: _tokens(model, text) for i, (text, _) in batch.items()}
+        yield Progress(stage, len(said), total)
+    if len(said) < n:
         return
-    n, base = len(texts), model.logits(texts)
-    untouched, measured = [replies[i] for i in range(n)], []
+    untouched, readings = [said[i] for i in range(n)], list[Reading]()
     for number, row in enumerate(rows):
-        mine = [replies[i] for i in range(number * n, (number + 1) * n)]
-        measured.append(
-            (
-                kl_divergence(base, model.logits(texts, [row] * n)).mean().item() if row else 0.0,
-                model.reply_losses(texts, untouched, [row] * n).nanmean().item(),
-                sum(map(repetition, mine)) / n,
-            )
+        if stop is not None and stop.is_set():
+            return
+        readings.append(model.read_replies(texts, untouched, [row] * n, max_new_tokens=max_new_tokens))
+        # Who would have said the same need not say it again.
+        said |= {number * n + i: untouched[i] for i in readings[-1].own.nonzero().flatten().tolist()}
+        yield Progress(stage, len(said), total)
+    missing = [i for i in range(total) if i not in said]
+    asked, edits = [texts[i % n] for i in missing], [rows[i // n] for i in missing]
+    for batch in complete(model, asked, edits, max_new_tokens=max_new_tokens, stop=stop):
+        said |= {missing[i]: _tokens(model, text) for i, (text, _) in batch.items()}
+        yield Progress(stage, len(said), total)
+    if len(said) < total:
+        return
+    measured = [
+        (
+            kl_divergence(readings[0].first, reading.first).mean().item(),
+            reading.losses.nanmean().item(),
+            sum(repetition(said[number * n + i]) for i in range(n)) / n,
         )
+        for number, reading in enumerate(readings)
+    ]
     edited = iter(measured[1:])
     kl, cross_entropy, again = zip(*(next(edited) if scale else measured[0] for scale in scales), strict=True)
     yield Damage(kind, n, max_new_tokens, scales, kl, cross_entropy, again)

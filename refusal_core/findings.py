@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 
 from refusal_core.chat_model import ChatModel
 from refusal_core.directions import Direction, DirectionError
+from refusal_core.metrics import finite
 from refusal_core.prompts import PromptSet
 from refusal_core.selection import (
     N_TRAIN,
@@ -38,7 +39,9 @@ from refusal_core.selection import (
     Choice,
     Found,
     Progress,
+    Rule,
     choose,
+    choose_contrast,
     choose_cosmic,
     find_direction,
 )
@@ -91,12 +94,12 @@ def save_found(found: Found, folder: Path) -> None:
     found.direction.save(folder / "direction.safetensors")
     tensors = {name: getattr(found, name).contiguous() for name in ACTIVATIONS}
     safetensors.torch.save_file(tensors, folder / "activations.safetensors")
-    (folder / "found.json").write_text(json.dumps(as_json(found), indent=1) + "\n", "utf-8")
+    (folder / "found.json").write_text(json.dumps(as_json(found), indent=1, allow_nan=False) + "\n", "utf-8")
 
 
 def as_json(found: Found) -> dict[str, Any]:
-    """What was found, without its activations, as JSON has it."""
-    return {
+    """What was found, without its activations, as JSON has it: scores that are not a number are null, and it says so."""
+    said = {
         "source": asdict(found.direction.source),
         "norm": found.direction.norm,
         "chosen": _cell(found.choice.chosen),
@@ -104,7 +107,7 @@ def as_json(found: Found) -> dict[str, Any]:
         "margin": found.choice.margin,
         "relaxed": found.choice.relaxed,
         "funnel": funnel(found.choice, len(found.scores)),
-        "candidates": [asdict(s) | {"rejected": found.choice.rejected.get(s)} for s in found.scores],
+        "candidates": [_candidate(s, found.choice.rejected.get(s)) for s in found.scores],
         "refusal_tokens": list(found.refusal_tokens),
         "refusal_shares": list(found.refusal_shares),
         "positions": list(found.positions),
@@ -112,6 +115,11 @@ def as_json(found: Found) -> dict[str, Any]:
         "validation": asdict(found.validation),
         "counts": [[*key, *kept] for key, kept in found.counts.items()],
     }
+    return finite(said)
+
+
+def _candidate(score: CandidateScore, rejected: Rule | None) -> dict[str, Any]:
+    return asdict(score) | ({"decided": "nan"} if rejected == "nan" else {}) | {"rejected": rejected}
 
 
 def load_found(folder: Path) -> Found:
@@ -123,9 +131,11 @@ def load_found(folder: Path) -> Found:
             CandidateScore(**{k: v for k, v in row.items() if k != "rejected"}) for row in said["candidates"]
         )
         direction = Direction.load(folder / "direction.safetensors")
+        source = direction.source
+        by = choose_contrast if source.contrast else choose_cosmic if source.chosen_by else choose
         return Found(
             direction=direction,
-            choice=(choose_cosmic if direction.source.chosen_by else choose)(scores, tensors["directions"].shape[1]),
+            choice=by(scores, tensors["directions"].shape[1]),
             scores=scores,
             refusal_tokens=tuple(said["refusal_tokens"]),
             refusal_shares=tuple(said["refusal_shares"]),

@@ -65,10 +65,10 @@ def stream_side_by_side(
     noise = torch.Generator().manual_seed(seed)
     if stop is not None and stop.is_set():
         return
-    room = model.n_ctx - max(len(model.render(c)) for c in conversations)
+    limits = [min(max_new_tokens, model.n_ctx - len(model.render(c))) for c in conversations]
     decoding = model.begin(conversations, rows)
     try:
-        yield from _steps(model, decoding, min(max_new_tokens, room), temperature, noise, stop)
+        yield from _steps(model, decoding, limits, temperature, noise, stop)
     finally:
         decoding.close()
 
@@ -76,14 +76,14 @@ def stream_side_by_side(
 def _steps(
     model: ChatModel,
     decoding: Decoding,
-    limit: int,
+    limits: Sequence[int],
     temperature: float,
     noise: torch.Generator,
     stop: threading.Event | None,
 ) -> Iterator[Step]:
     replies: list[list[int]] = [[] for _ in decoding.logits]
     finished: list[Ending | None] = [None] * len(replies)
-    for index in range(limit):
+    for index in range(max(limits)):
         added = [
             token if ending is None else None
             for token, ending in zip(_choose_tokens(decoding.logits, temperature, noise), finished, strict=True)
@@ -93,7 +93,7 @@ def _steps(
                 finished[row], added[row] = "end", None
             elif token is not None:
                 replies[row].append(token)
-                finished[row] = "length" if index + 1 == limit else None
+                finished[row] = "length" if index + 1 == limits[row] else None
         if stop is not None and stop.is_set():
             finished = [ending or "stopped" for ending in finished]
         texts = tuple(
@@ -102,7 +102,7 @@ def _steps(
         yield Step(index, tuple(added), texts, tuple(finished), decoding.logits)
         if all(finished):
             return
-        decoding.step(added)
+        decoding.step([None if ending else token for token, ending in zip(added, finished, strict=True)])
 
 
 def _choose_tokens(logits: Float[Tensor, "row d_vocab"], temperature: float, noise: torch.Generator) -> list[int]:

@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor
@@ -155,6 +155,15 @@ def _loop(text: str) -> str | None:
         if size * times <= len(words) and words[-size * times :] == words[-size:] * times:
             return " ".join(words[-size:])
     return None
+
+
+def finite(value: Any) -> Any:
+    """`value` as JSON can have it: numbers that are not finite become None, also within lists and dictionaries."""
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -72,8 +72,9 @@ class CandidateScore:
 
     `bypass` and `induce` are refusal scores (log-odds), `kl` is in nats; None is "not measured". `norm` is ‖r‖.
     `decided` is the rule that a part of the validation prompts was enough for, whatever the score is over all, or that
-    other candidates decide. `refuse` and `comply` are COSMIC's cosines, which are measured instead of the first two.
-    `auroc` and `d_prime` say how far held-out prompts lie apart along r; they are what `choose_contrast` goes by.
+    other candidates decide, or “nan” where a file cannot hold the score itself. `refuse` and `comply` are COSMIC's
+    cosines, which are measured instead of the first two. `auroc` and `d_prime` say how far held-out prompts lie apart
+    along r; they are what `choose_contrast` goes by.
     """
 
     pos: int
@@ -125,8 +126,9 @@ class Choice:
 
 
 _RULES: dict[Rule, Callable[[CandidateScore, int], bool]] = {
-    "nan": lambda s, n_layers: any(
-        x is not None and math.isnan(x) for x in (s.bypass, s.induce, s.kl, s.refuse, s.comply)
+    "nan": lambda s, n_layers: (
+        s.decided == "nan"
+        or any(x is not None and math.isnan(x) for x in (s.bypass, s.induce, s.kl, s.refuse, s.comply))
     ),
     "zero": lambda s, n_layers: s.norm is not None and not s.norm >= ZERO_NORM,
     "layer": lambda s, n_layers: s.layer >= int(LAYER_SHARE * n_layers),
@@ -219,9 +221,9 @@ class Found:
     """A found direction with everything it was chosen from.
 
     `directions` are the raw differences of means (float64). The activations are `resid_pre` at `positions`
-    (−(P+1) … −1), float32, of the prompts that the untouched model treats as expected, or of all where COSMIC chose;
-    `counts` says per split and class how many of the drawn prompts those are. `refusal_shares` is the mean probability, on harmful training
-    prompts, of each refusal token as the first of the reply.
+    (−(P+1) … −1), float32, of the prompts that the untouched model treats as expected, or of all where COSMIC or the
+    separation of the classes chose; `counts` says per split and class how many of the drawn prompts those are.
+    `refusal_shares` is the mean probability, on harmful training prompts, of each refusal token as the first of the reply.
     """
 
     direction: Direction
@@ -265,6 +267,60 @@ class _Read:
     activations: Tensor
     logits: Tensor
     kept: list[int]
+
+    def keep_all(self) -> None:
+        """Goes by every prompt."""
+        self.kept = list(range(len(self.prompts)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """What candidates are made of and measured on: the prompts that are kept, their activations, and all `raw` directions."""
+
+    train: PromptSet
+    val: PromptSet
+    activations: dict[tuple[str, str], Tensor]
+    raw: Float[Tensor, "template_pos layer d_model"]
+    counts: dict[tuple[str, str], tuple[int, int]]
+
+    @classmethod
+    def of(cls, train: PromptSet, val: PromptSet, reads: Mapping[tuple[str, str], _Read]) -> "_Kept":
+        """What is kept of two sets that were read."""
+        activations = {key: read.activations[read.kept] for key, read in reads.items()}
+        return cls(
+            train=train.keep(reads["train", "harmful"].kept, reads["train", "harmless"].kept),
+            val=val.keep(reads["val", "harmful"].kept, reads["val", "harmless"].kept),
+            activations=activations,
+            raw=difference_in_means(activations["train", "harmful"][:, 1:], activations["train", "harmless"][:, 1:]),
+            counts={key: (len(read.kept), len(read.prompts)) for key, read in reads.items()},
+        )
+
+    def found(
+        self,
+        model: ChatModel,
+        direction: Direction,
+        choice: Choice,
+        scores: tuple[CandidateScore, ...],
+        tokens: tuple[int, ...] = (),
+        shares: tuple[float, ...] = (),
+    ) -> Found:
+        """The chosen direction with all this."""
+        return Found(
+            direction=direction,
+            choice=choice,
+            scores=scores,
+            refusal_tokens=tokens,
+            refusal_shares=shares,
+            directions=self.raw,
+            positions=tuple(range(-model.template_positions - 1, 0)),
+            prompts=self.train,
+            validation=self.val,
+            harmful=self.activations["train", "harmful"],
+            harmless=self.activations["train", "harmless"],
+            val_harmful=self.activations["val", "harmful"],
+            val_harmless=self.activations["val", "harmless"],
+            counts=self.counts,
+        )
 
 
 def find_direction(
@@ -311,7 +367,7 @@ def find_direction(
             return
         why = "because no candidate bypasses refusal, whichever rule is relaxed"
     for read in reads.values():
-        read.kept = list(range(len(read.prompts)))
+        read.keep_all()
     found = yield from _search(model, train, val, reads, tokens, shares, complete, stop, chosen_by=f"{COSMIC}, {why}")
     if found is not None:
         yield found
@@ -329,37 +385,24 @@ def _search(
     chosen_by: str = "",
 ) -> Generator[Progress, None, Found | None]:
     """Scores the candidates of what is kept and chooses; gives nothing if `stop` was set meanwhile."""
-    train = train.keep(reads["train", "harmful"].kept, reads["train", "harmless"].kept)
-    val = val.keep(reads["val", "harmful"].kept, reads["val", "harmless"].kept)
-    kept = {key: read.activations[read.kept] for key, read in reads.items()}
-    raw = difference_in_means(kept["train", "harmful"][:, 1:], kept["train", "harmless"][:, 1:])
-    scorer = _Scorer(model, raw, _source(model, train), tokens, val)
-    for progress in scorer.score_by_cosine(kept, complete) if chosen_by else scorer.score(complete):
+    kept = _Kept.of(train, val, reads)
+    scorer = _Scorer(model, kept.raw, _source(model, kept.train), tokens, kept.val)
+    for progress in scorer.score_by_cosine(kept.activations, complete) if chosen_by else scorer.score(complete):
         yield progress
         if stop is not None and stop.is_set():
             return None
     choice = (choose_cosmic if chosen_by else choose)(scorer.scores, model.n_layers)
     if choice.chosen is None:
-        raise PromptError(
-            "No candidate direction could be scored: harmful and harmless prompts look the same to the model."
-        )
+        raise PromptError(_nothing_left(choice))
     direction = scorer.direction(choice.chosen)
-    return Found(
-        direction=replace(direction, source=replace(direction.source, chosen_by=chosen_by)),
-        choice=choice,
-        scores=scorer.scores,
-        refusal_tokens=tokens,
-        refusal_shares=shares,
-        directions=raw,
-        positions=tuple(range(-model.template_positions - 1, 0)),
-        prompts=train,
-        validation=val,
-        harmful=kept["train", "harmful"],
-        harmless=kept["train", "harmless"],
-        val_harmful=kept["val", "harmful"],
-        val_harmless=kept["val", "harmless"],
-        counts={key: (len(read.kept), len(read.prompts)) for key, read in reads.items()},
-    )
+    direction = replace(direction, source=replace(direction.source, chosen_by=chosen_by))
+    return kept.found(model, direction, choice, scorer.scores, tokens, shares)
+
+
+def _nothing_left(choice: Choice) -> str:
+    if "nan" in choice.rejected.values():
+        return "The scores of the candidates are not numbers: load the model in float32."
+    return "No candidate direction could be scored: harmful and harmless prompts look the same to the model."
 
 
 def find_contrast(
@@ -380,10 +423,9 @@ def find_contrast(
     reads = yield from _read_sets(model, train, val, stop)
     if not reads:
         return
-    activations = {key: read.activations for key, read in reads.items()}
-    raw = difference_in_means(activations["train", "harmful"][:, 1:], activations["train", "harmless"][:, 1:])
+    kept = _Kept.of(train, val, reads)
     scores = tuple(
-        _apart(pos, layer, raw[pos, layer], *(activations["val", cls][:, pos, layer] for cls in CLASSES))
+        _apart(pos, layer, kept.raw[pos, layer], *(kept.activations["val", cls][:, pos, layer] for cls in CLASSES))
         for pos in template_positions(model)
         for layer in range(model.n_layers)
     )
@@ -392,22 +434,7 @@ def find_contrast(
         raise PromptError(f"The model reads {' and '.join(prompts.classes)} prompts alike: there is no direction.")
     pos, layer = choice.chosen.pos, choice.chosen.layer
     source = replace(_source(model, train), contrast=" − ".join(prompts.classes), position=pos, layer=layer)
-    yield Found(
-        direction=Direction.from_difference(raw[pos, layer], source),
-        choice=choice,
-        scores=scores,
-        refusal_tokens=(),
-        refusal_shares=(),
-        directions=raw,
-        positions=tuple(range(-model.template_positions - 1, 0)),
-        prompts=train,
-        validation=val,
-        harmful=activations["train", "harmful"],
-        harmless=activations["train", "harmless"],
-        val_harmful=activations["val", "harmful"],
-        val_harmless=activations["val", "harmless"],
-        counts={key: (len(read.prompts), len(read.prompts)) for key, read in reads.items()},
-    )
+    yield kept.found(model, Direction.from_difference(kept.raw[pos, layer], source), choice, scores)
 
 
 def _apart(pos: int, layer: int, r: Tensor, first: Tensor, second: Tensor) -> CandidateScore:
@@ -453,6 +480,7 @@ def _read_sets(
     total, done = sum(map(len, sets.values())), 0
     for key, texts in sets.items():
         read = _Read(texts, torch.empty(0), torch.empty(0), [])
+        read.keep_all()
         for part in _read(model, read):
             done += part
             yield Progress("reading prompts", done, total)
@@ -542,7 +570,8 @@ class _Scorer:
             with_bypass = [s for s in self.scores if s.bypass is not None and not math.isnan(s.bypass)]
             ranked = sorted(with_bypass, key=lambda s: (s.bypass, s.pos, s.layer))
             yield from self._measure_kl_until_two_pass(ranked, choose)
-            if choose(self.scores, n_layers).relaxed is None and any(map(_is_measured, self.scores)):
+            choice = choose(self.scores, n_layers)
+            if choice.chosen is not None and choice.relaxed is None:
                 return
         usable = [s for s in self.scores if "zero" not in broken_rules(s, n_layers)]
         yield from self._measure_induce([s for s in usable if s.induce is None])

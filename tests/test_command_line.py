@@ -1,18 +1,23 @@
 """What the command line promises: exit codes, one document on stdout, and a second search that is none."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from test_terminal import Terminal
 
 from refusal_core import __main__ as command_line
 from refusal_core import findings
+from refusal_core.commands import RUN
 from refusal_core.directions import Direction
-from refusal_core.findings import load_found, save_found
+from refusal_core.findings import CACHE_VARIABLE, load_found, save_found
 from refusal_core.prompts import load_prompts
 from refusal_core.selection import Found
 
 main = command_line.main
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +83,7 @@ def test_a_direction_that_stands_alone_cannot_be_projected_and_the_remedy_is_sai
     "given",
     [
         [], ["fly"], ["find", "--model", "x"], ["find", "--harmful", "x.txt"], ["find", "--dtype", "int8"],
-        ["evaluate", "--max-new-tokens", "0"], ["export"], ["export", "--out", "x", "--variant", "bad"],
+        ["evaluate", "--max-new-tokens", "0"], ["evaluate", "--n", "0"], ["evaluate", "--n", "-1"], ["export"], ["export", "--out", "x", "--variant", "bad"],
         ["export", "--out", "x", "--variant", "addition", "--strength", "nan"],
     ],
 )  # fmt: skip
@@ -103,6 +108,13 @@ def test_what_cannot_be_done_is_one_sentence_and_status_1(given, says, capsys):
     assert main(given) == 1
     printed = capsys.readouterr()
     assert printed.err.startswith(says) and printed.err.count("\n") == 1 and printed.out == ""
+
+
+def test_the_overview_waits_for_none_of_the_large_libraries():
+    command = [sys.executable, "-X", "importtime", "-m", "refusal_core", "--help"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "argparse" in said.stderr and not {"torch", "transformers", "gradio"} & set(said.stderr.split())
+    assert all(f"\n  {name} " in said.stdout for name in ("app", *RUN)) and CACHE_VARIABLE in said.stdout
 
 
 def test_ctrl_c_is_one_sentence_and_status_130(lists, capsys, monkeypatch):

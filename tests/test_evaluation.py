@@ -1,6 +1,7 @@
 """What an evaluation promises: replies under each setting, counted once, kept when a run is killed; and true curves."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HARMFUL, HARMLESS, Plain
+from conftest import HARMFUL, HARMLESS, Plain, counting_steps
 from families import build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -95,7 +96,7 @@ def test_damage_beside_the_rates_is_that_of_the_replies(report: Report, model: C
     added = rates["direction added 1×", False]
     assert added.repetition == pytest.approx(sum(repetition(read[text, 3]) for text in few.harmless) / 12)
     edits = [Intervention(found.direction, "add")] * 12
-    odd = model.reply_losses(few.harmless, [read[text, 0] for text in few.harmless], edits).mean().item()
+    odd = model.read_replies(few.harmless, [read[text, 0] for text in few.harmless], edits).losses.mean().item()
     assert added.cross_entropy == pytest.approx(odd)
     unchanged = rates["unchanged", False].cross_entropy
     assert unchanged is not None and odd > 2 * unchanged
@@ -128,6 +129,14 @@ def test_the_table_has_a_line_for_every_rate_and_the_json_everything(report: Rep
     assert len(json.loads(report.as_json())["completions"]) == 96
 
 
+def test_a_number_that_cannot_be_had_is_null_in_the_json_and_a_dash_in_the_table(report: Report):
+    damage = Damage("add", 2, 8, (1.0,), (math.inf,), (math.nan,), (0.25,))
+    odd = replace(report, rates=(replace(report.rates[0], kl=math.nan),), damage=(damage,))
+    said = json.loads(odd.as_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert said["rates"][0]["kl"] is None and said["damage"][0]["kl"] == said["damage"][0]["cross_entropy"] == [None]
+    assert "| 1 | 2 | – | – | 25.0% |" in odd.as_markdown() and "nan" not in odd.as_markdown()
+
+
 def test_a_run_that_was_stopped_goes_on_with_what_is_missing(model, found, few, report, tmp_path):
     stop, journal = threading.Event(), tmp_path / "journal"
     rows = paper_rows(found.direction)
@@ -157,6 +166,31 @@ def test_a_journal_never_gives_the_reply_of_another_setting(model, found, few, t
         with pytest.raises(PromptError, match="not the journal"):
             next(evaluate(model, few, [None], resume=other))
         assert other.read_text() == text, "somebody else's file is left alone"
+
+
+def test_a_journal_that_cannot_be_kept_is_said_before_anything_is_completed(model, few, tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere" / "journal"):
+        with pytest.raises(PromptError, match=r"cannot be kept in .*: name another file"):
+            next(evaluate(model, few, [None], resume=path))
+
+
+def test_a_class_without_prompts_has_no_rates_and_without_any_nothing_is_measured(model, found, few):
+    *_, report = evaluate(model, few.keep([0], []), [None], max_new_tokens=4)
+    assert [(rate.harmful, rate.n) for rate in report.rates] == [(True, 1)]
+    with pytest.raises(PromptError, match="no prompt"):
+        next(evaluate(model, few.keep([], []), [None]))
+    with pytest.raises(PromptError, match="there is none"):
+        next(dose_curve(model, [], found.direction, "add", found.refusal_tokens, harmful=False))
+
+
+def test_a_removal_from_some_parts_and_one_from_all_never_share_a_reply_or_a_name(model, found, few):
+    everywhere, here = (Intervention(found.direction, "ablate", writers=w) for w in (None, frozenset({"MLP 1"})))
+    *_, both = evaluate(model, few, [everywhere, here], max_new_tokens=8)
+    *_, one = evaluate(model, few, [everywhere], max_new_tokens=8)
+    *_, other = evaluate(model, few, [here], max_new_tokens=8)
+    texts = [[c.text for c in report.completions] for report in (both, one, other)]
+    assert texts[0] == [*texts[1], *texts[2]] and texts[1] != texts[2]
+    assert [rate.row for rate in both.rates[:2]] == ["direction removed", "direction removed from MLP 1"]
 
 
 def test_a_killed_process_leaves_a_journal_that_another_one_goes_on_from(found: Found, tmp_path):
@@ -279,7 +313,7 @@ def test_the_loss_of_a_reply_is_that_of_plain_transformers_and_of_its_tokens_one
     replies = [
         model.tokenizer(said, add_special_tokens=False)["input_ids"] for said in ("Mix flour and water.", "", "No.")
     ]
-    losses = model.reply_losses(texts, replies)
+    losses = model.read_replies(texts, replies).losses
     assert losses[1].isnan()
     for i in (0, 2):
         prompt, reply = plain.ids(texts[i]), torch.tensor([replies[i]])
@@ -290,15 +324,42 @@ def test_the_loss_of_a_reply_is_that_of_plain_transformers_and_of_its_tokens_one
     row, reply = Intervention(found.direction, "ablate"), replies[0]
     steps = [model.run(model.continued([HARMLESS], [reply[:i]]), [(row,)]).logits[0] for i in range(len(reply))]
     alone = [-step.double().log_softmax(-1)[token].item() for step, token in zip(steps, reply, strict=True)]
-    mixed = model.reply_losses(texts, replies, [row, None, None])
+    mixed = model.read_replies(texts, replies, [row, None, None]).losses
     assert mixed[0].item() == pytest.approx(sum(alone) / len(alone), abs=1e-4) and mixed[0] != losses[0]
     assert mixed[2].item() == pytest.approx(losses[2].item(), abs=1e-5)
+
+
+def test_a_reply_is_a_models_own_where_it_would_say_just_this_and_end_there(model: ChatModel, found: Found):
+    texts, r, most = [HARMLESS, HARMFUL, "Write a poem about the sea."], found.direction, 30
+    *_, step = stream_side_by_side(model, texts, [None] * 3, max_new_tokens=most)
+    assert "end" in step.finished
+    replies = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in step.texts]
+    seen = []
+    for edit in (None, *(Intervention(r, kind, scale) for kind in ("ablate", "add") for scale in (0.3, 1.0))):
+        *_, mine = stream_side_by_side(model, texts, [edit] * 3, max_new_tokens=most)
+        reading = model.read_replies(texts, replies, [edit] * 3, max_new_tokens=most)
+        seen += reading.own.tolist()
+        assert reading.own.tolist() == [text == other for text, other in zip(mine.texts, step.texts, strict=True)]
+        torch.testing.assert_close(reading.first, model.logits(texts, [edit] * 3), atol=1e-4, rtol=0)
+    assert seen[:3] == [True] * 3 and False in seen, "there must have been something to tell"
+    cut, begun = [reply[:-1] for reply in replies], [[], *replies[1:]]
+    assert not model.read_replies(texts, cut, max_new_tokens=most).own.any(), "it would have gone on"
+    short = [reply[:5] for reply in replies]
+    assert model.read_replies(texts, short, max_new_tokens=5).own.all(), "it ends by its length"
+    assert model.read_replies(texts, begun, max_new_tokens=most).own.tolist() == [False, True, True]
+
+
+def test_a_reply_that_a_strength_does_not_change_is_not_completed_again(model: ChatModel, found: Found):
+    with counting_steps(model) as steps:
+        *_, last = damage_curve(model, [HARMLESS], found.direction, "ablate", max_new_tokens=8, scales=(0.0, 0.1, 0.2))
+    assert isinstance(last, Damage) and len(last.kl) == 3 and last.kl[2] > last.kl[0] == 0
+    assert steps == [1] * len(steps) and len(steps) < 8
 
 
 def test_damage_by_strength_is_that_of_each_strength_alone(model: ChatModel, found: Found):
     texts, r, scales = load_prompts("test").draw(3).harmless, found.direction, (-0.5, 0.0, 2.0)
     *progress, damage = damage_curve(model, texts, r, "add", max_new_tokens=16, scales=scales)
-    assert isinstance(damage, Damage) and [(p.done, p.total) for p in progress if isinstance(p, Progress)] == [(9, 9)]
+    assert isinstance(damage, Damage) and progress[-1] == Progress("damage of addition", 9, 9)
     replies = {}
     for scale in scales:
         *_, last = stream_side_by_side(model, texts, [Intervention(r, "add", scale)] * 3, max_new_tokens=16)
@@ -306,7 +367,7 @@ def test_damage_by_strength_is_that_of_each_strength_alone(model: ChatModel, fou
     for i, scale in enumerate(scales):
         rows = [Intervention(r, "add", scale)] * 3
         assert damage.cross_entropy[i] == pytest.approx(
-            model.reply_losses(texts, replies[0.0], rows).mean().item(), abs=1e-5
+            model.read_replies(texts, replies[0.0], rows).losses.mean().item(), abs=1e-5
         )
         assert damage.kl[i] == pytest.approx(
             kl_divergence(model.logits(texts), model.logits(texts, rows)).mean().item(), abs=1e-5

@@ -1,6 +1,7 @@
 """What was found can be read back whole, and a second search for the same is none."""
 
 import json
+import math
 from dataclasses import fields, replace
 
 import pytest
@@ -11,7 +12,7 @@ from refusal_core.chat_model import ChatModel
 from refusal_core.directions import Direction, DirectionError
 from refusal_core.findings import CACHE_VARIABLE, as_json, find_or_recall, funnel, load_found, save_found
 from refusal_core.prompts import load_prompts
-from refusal_core.selection import Found, Progress
+from refusal_core.selection import Found, Progress, choose, find_contrast
 
 
 def same(a: Found, b: Found) -> bool:
@@ -26,6 +27,28 @@ def test_what_was_found_is_read_back_whole(found: Found, tmp_path):
     assert Direction.load(tmp_path / "out" / "direction.safetensors").source == found.direction.source
     with pytest.raises(DirectionError, match="does not hold a finished search"):
         load_found(tmp_path)
+
+
+def test_what_two_other_classes_gave_is_read_back_with_its_choice(model: ChatModel, tmp_path):
+    *_, contrast = find_contrast(model, load_prompts("train").draw(4), load_prompts("val").draw(3))
+    assert isinstance(contrast, Found) and contrast.choice.chosen is not None
+    save_found(contrast, tmp_path)
+    assert same(load_found(tmp_path), contrast)
+
+
+def test_a_score_that_is_no_number_leaves_the_file_json_and_the_candidate_discarded(found: Found, tmp_path):
+    broken = next(s for s in found.scores if s is found.choice.runner_up)
+    scores = tuple(replace(s, kl=math.nan, d_prime=math.inf) if s is broken else s for s in found.scores)
+    odd = replace(found, scores=scores, choice=choose(scores, found.directions.shape[1]))
+    save_found(odd, tmp_path)
+    said = json.loads(
+        (tmp_path / "found.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
+    )
+    (row,) = (row for row in said["candidates"] if row["rejected"] == "nan")
+    assert (row["pos"], row["layer"], row["kl"], row["d_prime"]) == (broken.pos, broken.layer, None, None)
+    again = load_found(tmp_path)
+    assert funnel(again.choice, len(scores)) == funnel(odd.choice, len(scores))
+    assert again.choice.chosen == found.choice.chosen and again.choice.runner_up == odd.choice.runner_up
 
 
 def test_the_funnel_counts_every_candidate_once(found: Found):

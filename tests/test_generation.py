@@ -106,6 +106,17 @@ def test_a_reply_ends_at_its_length(model: ChatModel):
     assert steps[-1].finished == ("length",)
 
 
+def test_a_prompt_that_leaves_little_room_shortens_no_other_reply(model: ChatModel):
+    room = 3
+    long = "word" + " word" * (model.n_ctx - len(model.render("word word")) - room + 1)
+    assert len(model.render(long)) == model.n_ctx - room
+    together = last(stream_side_by_side(model, [long, HARMLESS], [None] * 2, max_new_tokens=40))
+    for row, prompt in enumerate((long, HARMLESS)):
+        alone = last(stream_side_by_side(model, [prompt], [None], max_new_tokens=40))
+        assert (together.texts[row], together.finished[row]) == (alone.texts[0], alone.finished[0])
+    assert together.finished == ("length", "end")
+
+
 @pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"max_new_tokens": 10_000}, {"temperature": -1.0}])
 def test_numbers_out_of_range_are_refused_before_the_first_step(model: ChatModel, options):
     with pytest.raises(ValueError, match="not"):

@@ -119,7 +119,7 @@ const FILES = {
     const rows = report.rates.map((r) => [r.harmful ? 'harmful' : 'harmless', r.row, r.n, r.refused, ...r.refused_interval, r.answered, ...r.answered_interval, r.unclear, r.kl ?? '', r.cross_entropy ?? '', r.repetition ?? '', '']);
     for (const [name, row] of curves ? [['damage', 'direction removed'], ['add', 'direction added']] : []) {
       const { n, scales, kl, cross_entropy: ce, repetition } = curves[name];
-      rows.push(...scales.map((scale, i) => ['harmless', row, n, ...Array(7).fill(''), kl[i], ce[i], repetition[i], scale]));
+      rows.push(...scales.map((scale, i) => ['harmless', row, n, ...Array(7).fill(''), kl[i] ?? '', ce[i] ?? '', repetition[i], scale]));
     }
     return [head, ...rows].map((row) => row.map(cell).join(',')).join('\n');
   },

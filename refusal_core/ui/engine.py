@@ -382,7 +382,13 @@ def is_known(score: CandidateScore) -> bool:
     """Whether everything that can be measured of a candidate has been."""
     is_zero = score.norm is not None and score.norm < ZERO_NORM
     has_cosines = score.similarity is not None and score.kl is not None
-    return is_zero or score.auroc is not None or has_cosines or None not in (score.bypass, score.induce, score.kl)
+    return (
+        is_zero
+        or score.decided == "nan"
+        or score.auroc is not None
+        or has_cosines
+        or None not in (score.bypass, score.induce, score.kl)
+    )
 
 
 def _make_room(cache: dict) -> None:

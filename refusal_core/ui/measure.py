@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 from refusal_core.endpoints import evaluate_endpoints
 from refusal_core.evaluation import (
+    N_CURVE,
     Damage,
     DoseCurve,
     Report,
@@ -24,8 +25,6 @@ from refusal_core.ui.engine import Ready, Served
 from refusal_core.ui.search import asked_public
 
 FEWEST, MOST = 5, 100
-N_CURVE = 12
-"""How many prompts of each class a curve by strength is the mean of."""
 
 
 @dataclass(frozen=True)
