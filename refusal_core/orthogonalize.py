@@ -346,8 +346,9 @@ def _keys(shard: Path) -> tuple[Path, list[str]]:
 
 
 def _read(shard: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    _, names = _keys(shard)
     with safe_open(str(shard), framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in names}, file.metadata()
 
 
 def _set_in_config(path: Path, name: str, value: bool) -> None:
