@@ -9,7 +9,7 @@ let seen = false;
 let model = null; // the model and direction in use, as the bar says
 
 const signed = (text) => text.replace('-', '−');
-const percent = (share) => `${(100 * share).toFixed(1)} %`;
+const percent = (share) => `${(100 * share).toFixed(1)}\u00a0%`; // the sign stays with its number
 
 function drawRunning(progress) {
   find('[data-start]').disabled = running;

@@ -220,9 +220,10 @@ function rest(pane, reply) {
   if (reply.ending === '') return '';
   const strength = pane === 'removed' ? `${Math.round(100 * reply.strength)} %` : pane === 'unchanged' ? '' : `${reply.strength.toFixed(2)}×`;
   const share = reply.writers ? `${reply.writers.length} of ${parts.length} parts` : '';
+  const tokens = reply.tokens === 1 ? '1 token' : `${reply.tokens} tokens`;
   const end = reply.tokens === null // a server that does not count them
     ? { stopped: 'stopped', length: 'cut at the longest', end: '' }
-    : { stopped: `stopped at ${reply.tokens} tokens`, length: `cut at ${reply.tokens} tokens`, end: `${reply.tokens} tokens` };
+    : { stopped: `stopped at ${tokens}`, length: `cut at ${tokens}`, end: tokens };
   return [strength, share, end[reply.ending]].filter(Boolean).join(' · ');
 }
 
