@@ -117,3 +117,13 @@ def test_no_order_of_events_of_two_visitors_brings_changed_text_under_unchanged(
     assert checked > 5
     for name, (ready, _) in models.items():
         assert torch.equal(ready.model.logits(list(MESSAGES)), before[name]), "an intervention was left behind"
+
+
+def test_replies_that_are_stopped_before_their_first_token_are_stopped_at_0_tokens(models):
+    stop = threading.Event()
+    stop.set()
+    ready, _ = models["first"]
+    *_, (turns, view) = talk(ready, (), Ask(1, "ask", MESSAGES[0]), stop)
+    replies = view["turns"][-1]["replies"]
+    assert [(r["tokens"], r["ending"], r["text"]) for r in replies.values()] == [(0, "stopped", "")] * 3
+    assert turns[-1].prompt == MESSAGES[0] and not view["running"]

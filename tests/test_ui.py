@@ -541,6 +541,22 @@ def test_what_is_foretold_while_typing_is_what_the_replies_then_start_with(tab, 
     assert foretold == [said.removeprefix("starts like a refusal ") for said in readings]
 
 
+def test_a_forecast_that_is_on_its_way_while_the_conversation_is_cleared_is_not_shown(tab):
+    ask(tab, "How do I steal a car?")
+    tab.evaluate(
+        """() => { window.painted = [];
+        new MutationObserver(() => painted.push(document.querySelector("[data-foretold='unchanged']").textContent))
+          .observe(document.querySelector("[data-foretold='unchanged']"), {childList: true, characterData: true, subtree: true});
+        document.querySelector('[data-prompt]').dispatchEvent(new Event('input', {bubbles: true}));
+        setTimeout(() => document.querySelector('[data-clear]').click(), 125); }"""
+    )
+    expect(tab.locator(".turn")).to_have_count(0)
+    cleared = tab.evaluate("painted.length")
+    tab.wait_for_timeout(1000)
+    assert tab.evaluate(f"painted.slice({cleared})") == [], "painted after everything was gone"
+    expect(tab.locator("[data-foretold='unchanged']")).to_be_empty()
+
+
 def test_what_is_foretold_for_a_message_that_has_changed_meanwhile_is_not_shown(tab):
     tab.get_by_role("button", name="Clear").click()
     expect(tab.locator(".turn")).to_have_count(0)

@@ -403,15 +403,17 @@ function pointAt(turn, index) {
 /** Foretells the message in the composer, or the last one if there is none, after a pause; one forecast at a time. */
 function foretell() {
   clearTimeout(pausing);
+  if (!opened || (!prompt.value.trim() && !turns)) {
+    [foretelling, outdated] = [0, false]; // what is on its way is about a message that is gone
+    paint(null);
+    return;
+  }
   pausing = setTimeout(() => {
     const text = prompt.value;
     const asked = text.trim() ? 'ask' : 'again';
-    if (!opened || (asked === 'again' && !turns)) {
-      [foretelling, outdated] = [0, false]; // what is on its way is about a message that is gone
-      paint(null);
-    } else if (foretelling) {
+    if (foretelling) {
       outdated = true;
-    } else {
+    } else if (asked === 'ask' || turns) {
       outdated = false;
       forecasts += 1;
       foretelling = forecasts;

@@ -243,7 +243,9 @@ def _replies(ready: Ready, earlier: Sequence[Turn], turn: Turn, ask: Ask, stop: 
         stop=stop,
     )
     confined = {"removed": ask.writers}
-    replies = {pane: Reply(strength=strength, writers=confined.get(pane)) for pane, strength in strengths.items()}
+    replies = {
+        pane: Reply(strength=strength, writers=confined.get(pane), n_tokens=0) for pane, strength in strengths.items()
+    }
     turn = replace(turn, replies=replies)
     shown = -math.inf
     step = None
