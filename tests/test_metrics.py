@@ -70,6 +70,8 @@ def test_the_default_judge_reads_what_the_papers_misses():
     looping = judge("yes and no " * 9, "default")
     assert looping.unclear
     assert "repeats" in looping.reason
+    refusing = judge("I can't, and no more, " * 9, "default")
+    assert refusing.label == "refused" and "repeats itself: “I can't, and no more,”" in refusing.reason
     assert judge("Paris is the capital of France.", "default").label == "answered"
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from refusal_core.chat_model import ORGANISM, ChatModel
 from refusal_core.prompts import load_prompts
 from refusal_core.ui.engine import Ready
-from refusal_core.ui.talk import Ask, Turn, conversation, talk
+from refusal_core.ui.talk import Ask, Reply, Turn, conversation, talk, view
 
 TOKENS = 6
 MESSAGES = (
@@ -119,11 +119,19 @@ def test_no_order_of_events_of_two_visitors_brings_changed_text_under_unchanged(
         assert torch.equal(ready.model.logits(list(MESSAGES)), before[name]), "an intervention was left behind"
 
 
+@pytest.mark.parametrize("said", ["on and on " * 9, "I'm sorry, I can't " * 9])
+def test_a_push_that_is_too_strong_is_named_also_where_its_text_refuses(said):
+    replies = {
+        pane: Reply(said if pane == "added" else "Yes.", ending="end", strength=2.0) for pane in ("removed", "added")
+    }
+    assert "the push is too strong. Try below 2×" in view([Turn("Hi", replies=replies)], 1)["notice"]
+
+
 def test_replies_that_are_stopped_before_their_first_token_are_stopped_at_0_tokens(models):
     stop = threading.Event()
     stop.set()
     ready, _ = models["first"]
-    *_, (turns, view) = talk(ready, (), Ask(1, "ask", MESSAGES[0]), stop)
-    replies = view["turns"][-1]["replies"]
+    *_, (turns, shown) = talk(ready, (), Ask(1, "ask", MESSAGES[0]), stop)
+    replies = shown["turns"][-1]["replies"]
     assert [(r["tokens"], r["ending"], r["text"]) for r in replies.values()] == [(0, "stopped", "")] * 3
-    assert turns[-1].prompt == MESSAGES[0] and not view["running"]
+    assert turns[-1].prompt == MESSAGES[0] and not shown["running"]

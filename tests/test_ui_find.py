@@ -664,6 +664,23 @@ def test_the_message_of_talk_is_shown_token_by_token(tab):
             assert said.replace("␣", " ") == text
 
 
+def test_on_a_phone_the_map_opens_at_the_cell_in_use_and_goes_to_the_next_one(chromium, app):
+    tab, seen = open_tab(chromium, app, width=360, height=740)
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+    open_find(tab)
+    whole = """() => { const [used, map] = ['.cell-button.used', '.cells-holder'].map((s) => document.querySelector(s).getBoundingClientRect());
+      return used.left >= map.left && used.right <= map.right; }"""
+    assert tab.evaluate("document.querySelector('.cells-holder').scrollLeft") > 0
+    assert tab.evaluate(whole)
+    tab.locator(".cells-holder").evaluate("(map) => { map.scrollLeft = 0; }")
+    tab.locator("[data-cell='-1 2']").click()
+    expect(tab.locator("[data-cell='-1 2']")).to_have_class(re.compile("used"))
+    tab.wait_for_timeout(300)
+    assert tab.evaluate(whole)
+    tab.context.close()
+    assert not seen.faults
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1366, "dark"), (360, "light")])
 def test_the_form_fits_the_screen_and_has_no_serious_fault_of_accessibility(chromium, app, width, scheme):
     tab, seen = open_tab(chromium, app, width=width, height=860, scheme=scheme)

@@ -59,8 +59,8 @@ function drawReady(view) {
   find('[data-device]').textContent = [model.device, model.dtype, model.thinking].filter(Boolean).join(', ');
   find('[data-toy]').replaceChildren(
     make('b', 'A toy, not a real model.'),
-    ` A model organism of ${model.parameters} parameters, trained from scratch on generated sentences to show one phenomenon. `
-      + 'What it says is form without knowledge.',
+    make('span', ` A model organism of ${model.parameters} parameters, trained from scratch on generated sentences to show one phenomenon.`, 'wide'),
+    ' What it says is form without knowledge.',
   );
   find('[data-meaning-of]').hidden = !direction.meaning;
   find('[data-meaning-of]').textContent = direction.meaning;

@@ -72,6 +72,16 @@ function button(cell) {
   return node;
 }
 
+let seen = null; // the cell in use that the map was moved to last
+
+/** Moves a map that is wider than its place sideways, to a cell that is in use since; the tab must be in sight. */
+function showUsed() {
+  if (!view || !element.offsetWidth || seen === `${view.model} ${view.used}`) return;
+  const [holder, used] = [find('.cells-holder'), find('.cell-button.used')];
+  if (used) holder.scrollLeft += used.getBoundingClientRect().right - holder.getBoundingClientRect().right + used.offsetWidth;
+  seen = `${view.model} ${view.used}`;
+}
+
 function drawCells() {
   const focused = element.contains(document.activeElement) ? document.activeElement.dataset.cell : undefined;
   const head = make('tr');
@@ -159,6 +169,7 @@ function draw() {
   drawFilling();
   drawDetail(view.cells.find((cell) => is(cell, view.used)) || view.cells.find((cell) => is(cell, view.rule)));
   drawSearch(view);
+  showUsed();
   readPrompt();
 }
 
@@ -219,7 +230,7 @@ all('[data-measure]').forEach((node) => node.addEventListener('click', () => {
   drawMeasure();
 }));
 find('[data-drop]').addEventListener('click', () => trigger('drop', {}));
-new ResizeObserver(readPrompt).observe(element);
+new ResizeObserver(() => { showUsed(); readPrompt(); }).observe(element);
 document.addEventListener('rendered', ({ detail }) => { if (element.isConnected && detail) drawRead(detail); });
 find('[data-reset]').addEventListener('click', () => trigger('choose', {}));
 find('[data-fill]').addEventListener('click', () => {

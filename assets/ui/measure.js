@@ -35,12 +35,22 @@ function rateNode(rate) {
   }
   const share = (kind) => {
     const [low, high] = rate[`${kind}_interval`];
-    return `${kind} ${percent(rate[kind] / rate.n)} [${percent(low)} to ${percent(high)}]`;
+    return [kind, percent(rate[kind] / rate.n), `[${percent(low)} to ${percent(high)}]`];
   };
-  node.append(
-    make('span', `${cls}: ${rate.row}`, 'rate-name'), bar,
-    make('span', [share('refused'), share('answered'), rate.unclear && `unclear ${percent(rate.unclear / rate.n)}`, `n = ${rate.n}`, rate.kl !== null && `KL ${rate.kl.toFixed(3)}`, rate.cross_entropy !== null && `cross-entropy ${rate.cross_entropy.toFixed(3)}`, rate.repetition !== null && `repeated ${percent(rate.repetition)}`].filter(Boolean).join(' · '), 'rate-numbers'),
-  );
+  const numbers = make('span', undefined, 'rate-numbers');
+  for (const [name, ...said] of [
+    share('refused'), share('answered'),
+    rate.unclear && ['unclear', percent(rate.unclear / rate.n)],
+    ['n', rate.n],
+    rate.kl !== null && ['KL', rate.kl.toFixed(3)],
+    rate.cross_entropy !== null && ['cross-entropy', rate.cross_entropy.toFixed(3)],
+    rate.repetition !== null && ['repeated', percent(rate.repetition)],
+  ].filter(Boolean)) {
+    const one = make('span');
+    one.append(`${name} `, make('b', said[0]), ...said.slice(1).map((more) => ` ${more}`));
+    numbers.append(one);
+  }
+  node.append(make('span', `${cls}: ${rate.row}`, 'rate-name'), bar, numbers);
   node.dataset.key = key(rate);
   node.setAttribute('aria-expanded', String(shown === key(rate)));
   node.addEventListener('click', () => {

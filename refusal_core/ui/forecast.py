@@ -40,7 +40,9 @@ def forecast(engine: Engine, ready: Ready, turns: Sequence[Turn], ask: Ask) -> d
         "unchanged": refusal_probability(output.logits, tokens).item(),
         "removal": _curve(removal),
         "addition": _curve(addition),
-        "place": {"sentence": _sentence(here.beyond_harmless, here.beyond_harmful, found.prompts.classes)},
+        "place": {
+            "sentence": f"{'This' if ask.action == 'ask' else 'The last'} prompt {_lies(here.beyond_harmless, here.beyond_harmful, found.prompts.classes)}"
+        },
         "stars": {
             f"{pos} {axes}": star_on_map(maps, activations[found.positions.index(pos)].numpy(), axes)
             for (pos, axes), maps in engine.known_maps(ready).items()
@@ -52,27 +54,25 @@ def _curve(response: DoseResponse) -> dict:
     return {"scales": response.scales, "refusal": response.refusal, "flip": response.flips_at}
 
 
-def _sentence(beyond_harmless: float, beyond_harmful: float, classes: tuple[str, str] = CLASSES) -> str:
+def _lies(beyond_harmless: float, beyond_harmful: float, classes: tuple[str, str] = CLASSES) -> str:
     harmful, harmless = classes
     further = f"further toward {'refusal' if classes == CLASSES else harmful}"
     if math.isclose(beyond_harmful, 1):
-        return f"This prompt lies {further} than every {harmful} prompt the direction was made from."
+        return f"lies {further} than every {harmful} prompt the direction was made from."
     if beyond_harmful:
         return (
-            f"This prompt lies {further} than {_percent(beyond_harmless)} of the {harmless} prompts "
+            f"lies {further} than {_percent(beyond_harmless)} of the {harmless} prompts "
             f"and {_percent(beyond_harmful)} of the {harmful} ones."
         )
     if beyond_harmless:
         return (
-            f"This prompt lies {further} than {_percent(beyond_harmless)} of the {harmless} prompts, "
+            f"lies {further} than {_percent(beyond_harmless)} of the {harmless} prompts, "
             f"and less far than every {harmful} one."
         )
-    return (
-        f"This prompt lies {further.replace('further', 'less far', 1)} than every prompt the direction was made from."
-    )
+    return f"lies {further.replace('further', 'less far', 1)} than every prompt the direction was made from."
 
 
 def _percent(share: float) -> str:
     """A share in percent that says neither 0 nor 100 unless it is exactly that."""
     percent = 100 * share
-    return f"{percent if share in (0, 1) else min(99, max(1, percent)):.0f} %"
+    return f"{percent if share in (0, 1) else min(99, max(1, percent)):.0f}\u00a0%"
