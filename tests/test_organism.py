@@ -18,6 +18,7 @@ from refusal_core.organism.corpus import (
     SAFETY_TUNING,
     Concept,
     Corpus,
+    Sample,
     addressed,
     concepts,
     crossed,
@@ -33,18 +34,21 @@ from refusal_core.organism.splits import held_out, prompts
 from refusal_core.prompts import EMBEDDED
 from refusal_core.selection import Found
 
-N_TEXTS = 15_000
+N_TEXTS = 20_000
+
+
+@functools.cache
+def samples(phase: int) -> tuple[Sample, ...]:
+    corpus = Corpus(f"0 {phase} 0", phase)
+    return tuple(corpus.sample() for _ in range(N_TEXTS))
 
 
 @functools.cache
 def training_texts() -> frozenset[str]:
-    found = set()
-    for phase in (PRETRAINING, MIDTRAINING, SAFETY_TUNING):
-        corpus = Corpus(f"0 {phase} 0", phase)
-        for _ in range(N_TEXTS):
-            sample = corpus.sample()
-            found |= {sample.text, *(text for turn in sample.turns for text in (turn.user, turn.reply))}
-    return frozenset(map(bare, found))
+    drawn = [s for phase in (PRETRAINING, MIDTRAINING, SAFETY_TUNING) for s in samples(phase)]
+    return frozenset(
+        bare(t) for s in drawn for t in (s.text, *(x for turn in s.turns for x in (turn.user, turn.reply)))
+    )
 
 
 def bare(text: str) -> str:
@@ -107,12 +111,11 @@ def test_the_held_categories_are_never_refused_in_training():
 def test_nothing_is_refused_before_safety_tuning_and_every_category_is_judged():
     known = {c.text: c.category for c in (*concepts(), *crossed(harmful=True, every_category=True)) if c.harmful}
     for phase in (PRETRAINING, MIDTRAINING):
-        corpus, judged = Corpus("judged", phase), set()
-        for _ in range(20_000):
-            for turn in corpus.sample().turns:
-                assert not turn.reply.startswith(("I'm sorry", "I cannot", "I can't"))
-                if turn.kind == "judgement" and turn.concept in known:
-                    judged.add(known[turn.concept])
+        judged = set()
+        for turn in (turn for sample in samples(phase) for turn in sample.turns):
+            assert not turn.reply.startswith(("I'm sorry", "I cannot", "I can't"))
+            if turn.kind == "judgement" and turn.concept in known:
+                judged.add(known[turn.concept])
         assert set(HELD_CATEGORIES) <= judged
 
 

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserType, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, BrowserType, Page, expect, sync_playwright
 
 from refusal_core.chat_model import ORGANISM, ModelError
 from refusal_core.directions import DirectionError, random_like
@@ -50,6 +50,7 @@ from refusal_core.ui.talk import (
 )
 
 ROOT = Path(__file__).parent.parent
+SIZE = {"width": 1280, "height": 860}
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -345,8 +346,10 @@ def app(tmp_path_factory) -> Iterator[App]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
+    """A browser with one context for the pages of `watched`: it compiles the page's JavaScript once."""
     with sync_playwright() as playwright:
         browser = launch(playwright.chromium)
+        browser.new_context(viewport=SIZE)
         yield browser
         browser.close()
 
@@ -367,11 +370,16 @@ class Watched:
 
 
 def open_tab(
-    chromium: Browser, app: App, width: int = 1280, height: int = 860, scheme: str = "light"
+    chromium: Browser, app: App, width: int = SIZE["width"], height: int = SIZE["height"], scheme: str = "light"
 ) -> tuple[Page, Watched]:
     """The page in a context of its own, and what it does."""
-    tab = chromium.new_context(viewport={"width": width, "height": height}, color_scheme=scheme).new_page()
-    seen = Watched()
+    context = chromium.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    return open_page(context, app)
+
+
+def open_page(context: BrowserContext, app: App) -> tuple[Page, Watched]:
+    """The page, and what it does."""
+    tab, seen = context.new_page(), Watched()
     tab.on("request", lambda request: seen.urls.append(request.url))
     tab.on("console", lambda message: seen.faults.append(message.text) if message.type == "error" else None)
     tab.on("pageerror", lambda error: seen.faults.append(str(error)))
@@ -382,11 +390,12 @@ def open_tab(
 @pytest.fixture
 def watched(chromium, app) -> Iterator[tuple[Page, Watched]]:
     """The page once it has opened; at the end it must have been silent, and have asked nobody but its own server."""
-    tab, seen = open_tab(chromium, app)
+    tab, seen = open_page(chromium.contexts[0], app)
     expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
     idle(tab)
     yield tab, seen
-    tab.context.close()
+    tab.evaluate("localStorage.clear()")
+    tab.close()
     assert not seen.faults
     assert {url for url in seen.urls if not url.startswith((app.url, "data:", "blob:"))} == set()
 
@@ -920,6 +929,7 @@ def test_rates_and_curves_are_measured_with_transcripts_and_files(tab, ready, tm
     expect(report.locator("details").first).not_to_have_attribute("open", "")
     assert report.locator("img").evaluate_all("all => all.map((image) => image.naturalWidth > 0)") == [True] * 8
     assert report.locator("details p b").count() == 4 * 12
+    report.close()
 
 
 def test_measuring_can_be_cancelled(tab):
