@@ -8,6 +8,8 @@ a hash). A name without harmless prompts is set against those of Alpaca.
 """
 
 import contextlib
+import errno
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +18,7 @@ from urllib.parse import quote, unquote
 
 import httpx2
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 
 MOST_BYTES = 100_000_000
@@ -122,6 +125,18 @@ def fetch(part: HubList, error: type[ValueError]) -> Path:
             ) from None
 
 
+UNWRITABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}
+"""What the system says where a file cannot be written."""
+
 INSTEAD = {"model": "give a local folder", "data set": "take the embedded prompts, or a file of your own"}
 
 
@@ -137,6 +152,11 @@ def answers(name: str, revision: str | None, error: type[ValueError], what: str)
     except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError, hub_errors.HFValidationError) as said:
         raise error(f"The hub has no public {what} {name} (revision {revision or 'main'}): check the name.") from said
     except (hub_errors.RevisionResolutionError, httpx2.HTTPError, OSError) as said:
+        if isinstance(said, OSError) and said.errno in UNWRITABLE:
+            raise error(
+                f"{name} cannot be kept in {constants.HF_HUB_CACHE} ({os.strerror(said.errno)}): make room there, or set "
+                "HF_HUB_CACHE to another folder."
+            ) from said
         raise error(
             f"{name} is not wholly on this machine and the hub cannot be reached: connect, or {INSTEAD[what]}."
         ) from said

@@ -87,6 +87,16 @@ def test_a_hub_that_is_gone_is_a_sentence(hub: Hub, tiny: Path):
         load("somebody/never-seen")
 
 
+def test_a_cache_that_cannot_be_written_to_is_no_missing_hub(hub: Hub, tiny: Path, tmp_path, monkeypatch):
+    hub.repos[NAME] = Repo({FIRST: tiny})
+    (tmp_path / "a file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "a file" / "cache"))
+    with pytest.raises(
+        ModelError, match=r"cannot be kept in .*a file/cache \(.+\): make room there, or set HF_HUB_CACHE"
+    ):
+        load()
+
+
 def no_template(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     config = json.loads((folder / "tokenizer_config.json").read_text())
