@@ -274,7 +274,9 @@ def evaluate(
     if classifier is not None:
         _check_classifier(classifier)
     settings = [_Setting(name_of(row), model, row) for row in model.check_rows(rows, len(rows))]
-    settings += [_from_folder(model, Path(path)) for path in exported]
+    folders = [Path(path) for path in exported]
+    names = [path.name for path in folders]
+    settings += [_from_folder(model, p, p.name if names.count(p.name) == 1 else str(p)) for p in folders]
 
     def replies_to(texts: Sequence[str], numbers: Sequence[int]) -> Iterator[Replies]:
         for each in dict.fromkeys(setting.model for setting in settings):
@@ -348,13 +350,13 @@ def judged_replies(
         yield tuple(_judged(job, *journal.replies[marks[job[2]], job[0]], rules) for job in jobs)
 
 
-def _from_folder(model: ChatModel, path: Path) -> _Setting:
+def _from_folder(model: ChatModel, path: Path, name: str) -> _Setting:
     edited = ChatModel.load(path, device=model.device, dtype=model.dtype)
     if (edited.d_model, edited.n_layers, edited.d_vocab) != (model.d_model, model.n_layers, model.d_vocab):
         raise ModelError(
             f"The weights in {path} are not of the size of {model.name}: name a folder that was exported from this model."
         )
-    return _Setting(f"exported weights, {path.name}", edited, ())
+    return _Setting(f"exported weights, {name}", edited, ())
 
 
 def classify(

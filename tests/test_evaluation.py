@@ -122,6 +122,18 @@ def test_exported_weights_are_a_row_that_does_what_the_hooks_do(
         next(evaluate(model, few, rows, exported=[build("Llama", tmp_path / "other")]))
 
 
+def test_exports_whose_folders_have_the_same_name_have_rows_of_their_own(
+    model: ChatModel, found: Found, few: PromptSet, tmp_path
+):
+    folders = [tmp_path / which / "model" for which in ("one", "other")]
+    for folder in folders:
+        folder.parent.mkdir()
+        export(model, found.direction, folder)
+    *_, last = evaluate(model, few.draw(2), [], exported=folders, max_new_tokens=2)
+    assert isinstance(last, Report)
+    assert [rate.row for rate in last.rates if rate.harmful] == [f"exported weights, {folder}" for folder in folders]
+
+
 def test_the_table_has_a_line_for_every_rate_and_the_json_everything(report: Report):
     lines = report.as_markdown().splitlines()
     assert len(lines) == 2 + 8
