@@ -181,7 +181,7 @@ class ChatModel:
         self._parts = _parts(model, tokenizer, name)
         self.writers = tuple(self._parts.writers)
         self.n_layers: int = len(self._parts.blocks)
-        self._placed = placed or Placement(self.device, self.dtype)
+        self.placed = placed or Placement(self.device, self.dtype)
         self.d_model: int = model.config.get_text_config().hidden_size
         self.n_heads: int = model.config.get_text_config().num_attention_heads
         self.d_vocab: int = cast(torch.nn.Linear, model.get_output_embeddings()).weight.shape[0]
@@ -242,7 +242,7 @@ class ChatModel:
 
     def load_beside(self, folder: str | Path) -> "ChatModel":
         """The checkpoint in `folder`, placed as this model was asked to be; raises ModelError as `load` does."""
-        placed = self._placed
+        placed = self.placed
         return ChatModel.load(folder, device=placed.device, dtype=placed.dtype, four_bit=placed.four_bit)
 
     # -- what it is ------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ class ChatModel:
     @property
     def precision(self) -> str:
         """How its weights are kept, in words: that of `dtype`, or 4 bits."""
-        return "4 bits" if self._placed.four_bit else str(self.dtype).removeprefix("torch.")
+        return "4 bits" if self.placed.four_bit else str(self.dtype).removeprefix("torch.")
 
     @property
     def is_tied(self) -> bool:

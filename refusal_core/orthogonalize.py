@@ -260,7 +260,7 @@ def _sync(path: Path) -> None:
 def _write_checkpoint(model: ChatModel, edit: Edit, path: Path) -> int:
     """The edited checkpoint of `model` in the empty folder `path`, shard by shard; how many tensors were edited."""
     model.check_rows([edit.hooks], 1)
-    if model.precision == "4 bits":
+    if model.placed.four_bit:
         raise ModelError(
             f"{model.name} is in 4 bits, so weights that are edited in full precision cannot be measured against its hooks: "
             'load it whole, with the device "auto" if it is large, and find the direction there.'

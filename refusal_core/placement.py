@@ -49,7 +49,7 @@ Device = str | torch.device | Mapping[str, str | torch.device]
 class Placement:
     """Where a model is to be, and how its weights are kept."""
 
-    device: torch.device | Literal["auto"] | Mapping[str, torch.device | Literal["disk"]]
+    device: torch.device | Literal["auto"] | Mapping[str, torch.device | str]
     dtype: torch.dtype
     four_bit: bool = False
 
@@ -231,9 +231,7 @@ def _sizes(outline: PreTrainedModel, placement: Placement) -> dict[str, int]:
     return {name: math.ceil(n * each[name in linear]) for name, n in n_weights(outline).items()}
 
 
-def _completed(
-    name: str, outline: PreTrainedModel, mapping: Mapping[str, torch.device | Literal["disk"]]
-) -> dict[str, int | str]:
+def _completed(name: str, outline: PreTrainedModel, mapping: Mapping[str, torch.device | str]) -> dict[str, int | str]:
     """`mapping` for the outermost modules that are in one place each; tied weights are together."""
     if unknown := sorted(mapping.keys() - {module for module, _ in outline.named_modules()}):
         raise ModelError(
@@ -274,17 +272,15 @@ def _device(wanted: int | str | torch.device) -> torch.device:
 
 def _best_device() -> torch.device:
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return _device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _key(device: torch.device | Literal["disk"]) -> int | str:
-    """A device as accelerate names it: a GPU by its number."""
-    if device == "disk":
+def _key(device: torch.device | str) -> int | str:
+    """A device, or "disk", as accelerate names it: a GPU by its number."""
+    if isinstance(device, str):
         return device
-    return (
-        device.type if device.type != "cuda" else torch.cuda.current_device() if device.index is None else device.index
-    )
+    return device.index if device.type == "cuda" else device.type
 
 
 def _devices() -> list[int | str]:

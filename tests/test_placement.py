@@ -95,10 +95,7 @@ def test_ablation_leaves_nothing_at_any_later_read_and_addition_is_exact(placed)
 
 
 def test_replies_are_the_same_word_for_word(placed):
-    whole, there = placed
-    said = [
-        [step.texts for step in stream_side_by_side(m, PROMPTS, rows_of(m), max_new_tokens=5)][-1] for m in placed
-    ]
+    said = [[step.texts for step in stream_side_by_side(m, PROMPTS, rows_of(m), max_new_tokens=5)][-1] for m in placed]
     assert said[0] == said[1] and any(said[0])
 
 
@@ -216,8 +213,8 @@ def test_an_edited_model_is_placed_as_its_model_and_outlives_the_call(llama, tem
 
 def test_a_model_in_four_bits_is_not_exported_and_the_remedy_is_said(llama, tmp_path):
     packed = ChatModel.load(llama, device="cpu")
-    packed._placed = Placement(packed.device, packed.dtype, four_bit=True)
-    with pytest.raises(ModelError, match="is in 4 bits.*load it whole"):
+    packed.placed = Placement(packed.device, packed.dtype, four_bit=True)
+    with pytest.raises(ModelError, match=r"is in 4 bits.*load it whole"):
         export(packed, direction_of(packed), tmp_path / "edited")
     assert "4 bits on cpu" in packed.description and not (tmp_path / "edited").exists()
 
@@ -268,6 +265,7 @@ def test_auto_takes_the_one_gpu_that_holds_all_and_only_else_several():
     assert spread(20 * GB, {0: 23 * GB, "cpu": 0}) == {"device_map": {"": 0}}
 
 
+@pytest.mark.filterwarnings("ignore:Current model requires")
 def test_what_auto_says_is_understood_as_blocks_on_gpus_then_in_memory_then_on_the_disk(tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(build("Llama", tmp_path / "deep", num_hidden_layers=12))
     block = sum(p.numel() * 4 for p in plain.model.layers[0].parameters())
@@ -298,21 +296,23 @@ def test_auto_where_it_fits_is_one_device_without_anything_in_between(llama, mon
 
 
 def test_what_fits_nowhere_is_one_sentence_with_the_remedy():
-    sizes = {"embedding": 3 * GB, "rest": 47 * GB}
+    sizes = {"embedding": 3 * GB} | {f"block {i}": GB for i in range(47)}
     room = {0: 8 * GB, "cpu": 12 * GB}
     check_spread("m", sizes, 0, room, 0)
     check_spread("m", sizes, 40 * GB, room, 30 * GB)
-    with pytest.raises(ModelError, match=r"^m needs about 50.0 GB, and there is room for 20.0 GB of it in memory") as caught:
+    with pytest.raises(
+        ModelError, match=r"^m needs about 50.0 GB, and there is room for 20.0 GB of it in memory"
+    ) as caught:
         check_spread("m", sizes, 40 * GB, room, 29 * GB)
     assert "29.0 GB on the disk: make room, or take a smaller model." in str(caught.value)
     with pytest.raises(ModelError, match=r"in embedding alone 3.0 GB, and there is room for 2.0 GB in memory"):
-        check_spread("m", sizes | {"rest": GB}, 0, {"cpu": 2 * GB}, 0)
+        check_spread("m", sizes, 0, {"cpu": 2 * GB}, 0)
 
 
 def test_too_little_memory_on_one_device_names_the_ways_out_before_anything_is_read(llama, monkeypatch):
     monkeypatch.setattr(placement, "_free_memory", lambda: 1000)
     monkeypatch.setattr("refusal_core.checkpoints.read_weights", lambda *a, **k: pytest.fail("the weights were read"))
-    for device in ("cpu", {"": "disk", "model.norm": "cpu", "lm_head": "cpu"}):
+    for device in ("cpu", {"": "disk", "model.embed_tokens": "cpu"}):
         with pytest.raises(ModelError, match=r"of memory and 0.0 GB are free: .*the device \"auto\".*smaller model\.$"):
             ChatModel.load(llama, device=device)
 
@@ -364,6 +364,13 @@ def test_four_bits_on_the_command_line_are_one_sentence_and_status_1(capsys):
 def test_the_app_ends_at_once_with_the_sentence_for_a_device_that_is_not_there(capsys):
     assert main(["app", "--device", "abacus"]) == 1
     assert capsys.readouterr().err.startswith("There is no device 'abacus' here: take cpu or auto")
+
+
+def test_a_place_for_a_model_and_two_servers_is_a_command_line_that_is_not_understood(capsys):
+    servers = ["--baseline", "http://localhost:1/v1", "--ablated", "http://localhost:2/v1"]
+    with pytest.raises(SystemExit) as ended:
+        main(["app", *servers, "--device", "cpu"])
+    assert ended.value.code == 2 and "ask two servers instead: give one or the other" in capsys.readouterr().err
 
 
 def test_device_and_dtype_of_the_command_line_are_those_of_the_model(tmp_path, monkeypatch, capsys):
