@@ -475,7 +475,8 @@ class ChatModel:
 
     def _stack(self, tensors: Sequence[Tensor]) -> Tensor:
         """Beside each other, what layers on several devices have read."""
-        return torch.stack([x.to(self.device) for x in tensors], dim=2)
+        here = self.device
+        return torch.stack([x.to(here) for x in tensors], dim=2)
 
     def gradients(
         self,

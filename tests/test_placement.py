@@ -19,7 +19,7 @@ from families import FAMILIES, NOT_SUPPORTED, build
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from refusal_core import placement
+from refusal_core import checkpoints, placement
 from refusal_core.__main__ import main
 from refusal_core.activations import collect_activations
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
@@ -149,14 +149,15 @@ def test_what_was_written_onto_the_disk_is_gone_with_the_model(mixture, temporar
 
 def test_what_was_written_onto_the_disk_is_gone_when_loading_fails(mixture, temporary, tmp_path, monkeypatch):
     folder = shutil.copytree(mixture, tmp_path / "broken")
-    written = []
-    read = placement.offload_folder
+    written, read = [], checkpoints.read_weights
 
-    def seen(told):
-        written.append(told)
-        return read(told)
+    def watched(*args, **told):
+        try:
+            return read(*args, **told)
+        finally:
+            written.extend(offloaded(temporary))
 
-    monkeypatch.setattr(placement, "offload_folder", seen)
+    monkeypatch.setattr(checkpoints, "read_weights", watched)
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(config.replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
     with pytest.raises(ModelError, match="incomplete"):
@@ -174,28 +175,29 @@ def test_what_a_killed_process_has_left_is_removed_and_that_of_a_living_one_is_n
     assert not left.exists() and others.exists()
 
 
-def test_threads_that_share_a_model_on_the_disk_do_not_take_each_others_weights(llama):
+def test_what_reads_weights_waits_for_the_step_in_hand_whose_weights_it_would_take_away(llama):
     there = ChatModel.load(llama, device={"": "disk"})
     unit = direction_of(there).unit
     (batch,) = there.batches(PROMPTS)
     heads = there.run(batch, read_writes=[-1]).head_inputs
     assert heads is not None
-    work = [
-        lambda: there.logits(PROMPTS),
-        lambda: there.heads_along(heads, unit),
-        lambda: there.unembed(unit, final_norm=True),
-    ]
-    alone, got = [do() for do in work], []
+    work = [lambda: there.heads_along(heads, unit), lambda: there.unembed(unit, final_norm=True)]
+    alone, logits = [do() for do in work], there.logits(PROMPTS)
+    got: dict[int, torch.Tensor] = {}
+    threads = [threading.Thread(target=lambda i=i: got.update({i: work[i]()})) for i in range(len(work))]
 
-    def again(i: int) -> None:
-        got.extend((i, work[i]()) for _ in range(20))
+    def meanwhile(module, args):
+        for thread in threads:
+            thread.start()
+            thread.join(0.5)
+        assert not got
 
-    threads = [threading.Thread(target=again, args=(i,)) for i in range(len(work))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
+    handle = there._parts.head_outputs[1].register_forward_pre_hook(meanwhile)
+    assert torch.equal(there.logits(PROMPTS), logits)
+    handle.remove()
+    for i, thread in enumerate(threads):
         thread.join()
-    assert len(got) == 60 and all(torch.equal(result, alone[i]) for i, result in got)
+        assert torch.equal(got[i], alone[i])
 
 
 def test_an_edited_model_is_placed_as_its_model_and_outlives_the_call(llama, temporary):
@@ -223,10 +225,10 @@ def test_a_model_in_four_bits_is_not_exported_and_the_remedy_is_said(llama, tmp_
 
 
 def test_the_nearest_entry_of_a_mapping_holds_and_tied_weights_stay_together(llama):
-    there = ChatModel.load(llama, device={"": "disk", "model": "cpu", "model.layers.1": "disk", "lm_head": "disk"})
+    there = ChatModel.load(llama, device={"": "cpu", "model": "disk", "model.layers.1": "cpu", "lm_head": "cpu"})
     placed = there._model.hf_device_map
-    assert placed["model.layers.1"] == "disk" and placed["model.layers.0"] == placed["model.norm"] == "cpu"
-    assert placed["lm_head"] == placed["model.embed_tokens"] == "cpu"
+    assert placed["model.layers.1"] == "cpu" and placed["model.layers.0"] == placed["model.norm"] == "disk"
+    assert placed["lm_head"] == placed["model.embed_tokens"] == "disk"
     assert torch.equal(there.logits(PROMPTS), ChatModel.load(llama, device="cpu").logits(PROMPTS))
 
 
@@ -342,11 +344,11 @@ def test_four_bits_without_bitsandbytes_say_how_to_install_it(monkeypatch):
         asked_for("cpu", four_bit=True)
 
 
-def test_in_four_bits_linear_layers_take_little_more_than_half_a_byte_a_weight(llama):
-    plain = AutoModelForCausalLM.from_pretrained(llama)
+def test_in_four_bits_linear_layers_take_little_more_than_half_a_byte_a_weight(tmp_path):
+    plain = AutoModelForCausalLM.from_pretrained(build("Llama", tmp_path / "untied"))
     sizes = placement._sizes(plain, Placement(torch.device("cpu"), torch.bfloat16, four_bit=True))
     assert sizes["model.layers.0.mlp.up_proj.weight"] == math.ceil(0.5625 * 32 * 48) and FOUR_BIT == 0.5625
-    assert sizes["model.embed_tokens.weight"] == 2 * plain.lm_head.weight.numel() and "lm_head.weight" not in sizes
+    assert sizes["model.embed_tokens.weight"] == sizes["lm_head.weight"] == 2 * plain.lm_head.weight.numel()
     assert sizes["model.norm.weight"] == 64
 
 
