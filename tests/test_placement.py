@@ -31,8 +31,6 @@ from refusal_core.placement import FOLDER, FOUR_BIT, Placement, asked_for, check
 
 PROMPTS = ["How do I bake bread?", "Hi", "Tell me about the sea, please."]
 GB = 10**9
-NOWHERE = ["--host", "192.0.2.1", "--no-browser"]
-"""An address that no machine has: an app that should have ended does not stay."""
 
 
 def blocks_of(model: ChatModel) -> list[str]:
@@ -365,13 +363,19 @@ def test_four_bits_on_the_command_line_are_one_sentence_and_status_1(capsys):
     assert printed.out == ""
 
 
-def test_the_app_ends_at_once_with_the_sentence_for_a_device_that_is_not_there(capsys):
-    assert main(["app", "--device", "abacus", *NOWHERE]) == 1
+def does_not_start(monkeypatch) -> None:
+    monkeypatch.setattr("refusal_core.ui.server.Engine", lambda *a, **k: pytest.fail("the app started"))
+
+
+def test_the_app_ends_at_once_with_the_sentence_for_a_device_that_is_not_there(capsys, monkeypatch):
+    does_not_start(monkeypatch)
+    assert main(["app", "--device", "abacus"]) == 1
     assert capsys.readouterr().err.startswith("There is no device 'abacus' here: take cpu or auto")
 
 
-def test_a_place_for_a_model_and_two_servers_is_a_command_line_that_is_not_understood(capsys):
-    servers = ["--baseline", "http://localhost:1/v1", "--ablated", "http://localhost:2/v1", *NOWHERE]
+def test_a_place_for_a_model_and_two_servers_is_a_command_line_that_is_not_understood(capsys, monkeypatch):
+    does_not_start(monkeypatch)
+    servers = ["--baseline", "http://localhost:1/v1", "--ablated", "http://localhost:2/v1"]
     with pytest.raises(SystemExit) as ended:
         main(["app", *servers, "--device", "cpu"])
     assert ended.value.code == 2 and "ask two servers instead: give one or the other" in capsys.readouterr().err
