@@ -9,6 +9,7 @@ Each module is a room, and may import only rooms above it:
     interventions   ablate or add a direction; per-row edits
     decoding        replies in progress, of all visitors in one batch
     checkpoints     a model's files: found in a folder or on the hub, judged before anything large is fetched
+    placement       where a model's weights are: on one device, or spread over GPUs, memory and the disk
     chat_model      a chat model whose residual stream can be read and written
     formats         directions in the files of other tools
     activations     the residual stream of many prompts at the template positions

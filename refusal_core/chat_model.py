@@ -16,6 +16,7 @@ import copy
 import functools
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +35,12 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from refusal_core import checkpoints
+from refusal_core import checkpoints, placement
 from refusal_core.checkpoints import Checkpoint, ModelError
 from refusal_core.decoding import Decoding, Desk, Turns
 from refusal_core.interventions import Intervention, Row, RowEdits, as_row
 from refusal_core.metrics import CLOSES_THOUGHT, OPENS_THOUGHT
+from refusal_core.placement import Device, Placement
 from refusal_core.prompts import PromptError
 
 ORGANISM = Path(__file__).parent.parent / "assets" / "organism"
@@ -157,7 +159,7 @@ CLOSED_THOUGHT = f"{OPENS_THOUGHT}\n\n{CLOSES_THOUGHT}\n\n"
 
 
 class ChatModel:
-    """A chat model on its device, driven one forward step at a time under its lock."""
+    """A chat model on its devices, driven one forward step at a time under its lock."""
 
     def __init__(
         self,
@@ -168,6 +170,7 @@ class ChatModel:
         revision: str | None,
         fingerprint: str,
         folder: Path,
+        placed: Placement | None = None,
     ) -> None:
         self.name, self.revision, self.fingerprint, self.folder = name, revision, fingerprint, folder
         self.tokenizer = tokenizer
@@ -178,6 +181,7 @@ class ChatModel:
         self._parts = _parts(model, tokenizer, name)
         self.writers = tuple(self._parts.writers)
         self.n_layers: int = len(self._parts.blocks)
+        self.placed = placed or Placement(self.device, self.dtype)
         self.d_model: int = model.config.get_text_config().hidden_size
         self.n_heads: int = model.config.get_text_config().num_attention_heads
         self.d_vocab: int = cast(torch.nn.Linear, model.get_output_embeddings()).weight.shape[0]
@@ -190,51 +194,78 @@ class ChatModel:
         cls,
         name_or_path: str | Path,
         *,
-        device: str | torch.device | None = None,
+        device: Device | None = None,
         dtype: torch.dtype | None = None,
         revision: str | None = None,
+        four_bit: bool = False,
     ) -> "ChatModel":
         """The chat model in a local folder or on the Hugging Face hub.
 
-        `device` defaults to CUDA, then MPS, then the CPU; `dtype` to bfloat16, float16 and float32 there. Raises
-        ModelError, in one sentence with the remedy and before anything large is fetched or read, if the model is
+        `device` defaults to CUDA, then MPS, then the CPU; `dtype` to bfloat16, float16 and float32 there. "auto" is the
+        GPU that holds the whole model, or else all GPUs, the memory and, at last, the disk; a mapping gives names of
+        modules such as "model.layers.3" a device or "disk" (`placement`). `four_bit` keeps the weights of linear layers
+        as NF4, on CUDA only; heads cannot be told apart then.
+
+        Raises ModelError, in one sentence with the remedy and before anything large is fetched or read, if the model is
         missing, gated, offline, quantised, has no safetensors weights, no chat template, code of its own, does not fit
         on the disk or into memory, or has an architecture whose residual stream cannot be hooked completely; later if
         its weights are broken.
         """
-        device = _best_device() if device is None else _device(device)
-        dtype = dtype or {"cuda": torch.bfloat16, "mps": torch.float16}.get(device.type, torch.float32)
+        placed = placement.asked_for(device, dtype, four_bit)
         checkpoint = checkpoints.find(str(name_or_path), revision)
         folder = checkpoint.folder
         name = "embedded model" if folder.resolve() == ORGANISM.resolve() else str(name_or_path)
         # The same model without weights: what cannot be hooked in it cannot be hooked at all.
         outline = cls(
-            _outline(checkpoint, dtype), checkpoint.tokenizer, name=name, revision=None, fingerprint="", folder=folder
-        )
-        checkpoints.check_memory(name, outline.n_parameters * dtype.itemsize, device)
-        checkpoints.fetch(checkpoint)
-        model = checkpoints.read_weights(checkpoint, dtype).eval()
-        torch.nn.Module.to(model, device)
-        return cls(
-            model,
+            _outline(checkpoint, placed.dtype),
             checkpoint.tokenizer,
             name=name,
-            revision=checkpoint.revision,
-            fingerprint=checkpoints.fingerprint(folder),
+            revision=None,
+            fingerprint="",
             folder=folder,
         )
+        told = placement.plan(name, outline._model, placed)
+        checkpoints.fetch(checkpoint)
+        with contextlib.ExitStack() as stack:
+            told = stack.enter_context(placement.offload_folder(told))
+            model = cls(
+                checkpoints.read_weights(checkpoint, placed.dtype, **told).eval(),
+                checkpoint.tokenizer,
+                name=name,
+                revision=checkpoint.revision,
+                fingerprint=checkpoints.fingerprint(folder),
+                folder=folder,
+                placed=placed,
+            )
+            weakref.finalize(model, stack.pop_all().close)  # what is on the disk is there as long as the model
+        return model
+
+    def load_beside(self, folder: str | Path) -> "ChatModel":
+        """The checkpoint in `folder`, placed as this model was asked to be; raises ModelError as `load` does."""
+        placed = self.placed
+        return ChatModel.load(folder, device=placed.device, dtype=placed.dtype, four_bit=placed.four_bit)
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
-        return self._model.device
+        """Where its inputs go: the device on which its embedding computes."""
+        return placement.runs_on(self._model.get_input_embeddings())
+
+    @property
+    def places(self) -> str:
+        """Where its weights are: the kind of its device, or all places, such as "cuda:0, cuda:1 and disk"."""
+        return placement.where(self._model)
 
     @property
     def dtype(self) -> torch.dtype:
         """In which precision it runs."""
         return self._model.dtype
+
+    @property
+    def precision(self) -> str:
+        """How its weights are kept, in words: that of `dtype`, or 4 bits."""
+        return "4 bits" if self.placed.four_bit else str(self.dtype).removeprefix("torch.")
 
     @property
     def is_tied(self) -> bool:
@@ -249,7 +280,7 @@ class ChatModel:
     @property
     def n_parameters(self) -> int:
         """How many weights it has, tied ones counted once."""
-        return sum(p.numel() for p in self._model.parameters())
+        return sum(placement.n_weights(self._model).values())
 
     @property
     def n_ctx(self) -> int:
@@ -286,7 +317,7 @@ class ChatModel:
     def description(self) -> str:
         """The model in one line: name, size, where it runs, and whether thinking is switched off."""
         size = f"{self.n_parameters:,} parameters, {self.n_layers} layers"
-        where = f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
+        where = f"{self.precision} on {self.places}"
         return f"{self.name}: " + ", ".join(filter(None, (size, where, THINKING[self.thinking])))
 
     @functools.cached_property
@@ -437,10 +468,15 @@ class ChatModel:
         logits = result.logits[:, -1]
         return Output(
             logits.cpu() if logits.device.type == "mps" else logits,  # scores are in float64, which MPS does not have
-            torch.stack(step.reads, dim=2) if read is not None else None,
-            torch.stack([step.writes[i] for i in range(len(self.writers))], dim=2) if step.writes else None,
+            self._stack(step.reads) if read is not None else None,
+            self._stack([step.writes[i] for i in range(len(self.writers))]) if step.writes else None,
             tuple(step.head_inputs[i] for i in range(self.n_layers)) if step.head_inputs else None,
         )
+
+    def _stack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Beside each other, what layers on several devices have read."""
+        here = self.device
+        return torch.stack([x.to(here) for x in tensors], dim=2)
 
     def gradients(
         self,
@@ -451,8 +487,10 @@ class ChatModel:
         """A `number` of each row's last logits, and its gradient by what each writer and each head does at `positions`.
 
         One forward and one backward step for all of them, of the untouched model, under its lock. The logits come in
-        float32 on the CPU; the weights get no gradients, and nothing of the graph stays.
+        float32 on the CPU; the weights get no gradients, and nothing of the graph stays. Raises ModelError where weights
+        that are brought in from memory or the disk do not fit beside each other.
         """
+        placement.check_gradients(self.name, self._model, self.device)
         step = _Step(RowEdits([()] * len(batch.index)), with_gradients=True)
         places = (batch.mask.cumsum(-1) - 1).clamp(min=0)
         with self._lock:
@@ -482,10 +520,11 @@ class ChatModel:
     ) -> Float[Tensor, "row pos layer head"]:
         """What each attention head writes along r̂: (z_h W_O^h) · r̂, in float32 on the CPU, biases left out."""
         along = []
-        with torch.inference_mode():
+        with self._lock, torch.inference_mode():
             for z, matrix in zip(head_inputs, self._parts.head_outputs, strict=True):
-                w = matrix.weight if isinstance(matrix, torch.nn.Linear) else matrix.weight.T  # GPT-2 keeps (in, out)
-                per_input = z.float() * (self.write_scale * unit.to(w.device) @ w.float())
+                kept = placement.weight(matrix)
+                w = kept if isinstance(matrix, torch.nn.Linear) else kept.T  # GPT-2 keeps (in, out)
+                per_input = z.float() * (self.write_scale * unit.to(w.device) @ w.float()).to(z.device)
                 along.append(per_input.unflatten(-1, (self.n_heads, -1)).sum(-1).cpu())
         return torch.stack(along, dim=2)
 
@@ -495,7 +534,7 @@ class ChatModel:
         Biases of norm and unembedding are not the vector's and are left out; so are a family's scale and cap.
         """
         head = cast(torch.nn.Linear, self._model.get_output_embeddings())
-        with torch.inference_mode():
+        with self._lock, torch.inference_mode():
             both = torch.stack([x, torch.zeros_like(x)]).to(self.device, self.dtype)
             said, nothing = head(self._parts.final_norm(both) if final_norm else both).float().cpu()
             return said - nothing
@@ -631,7 +670,8 @@ class ChatModel:
             handle = self._parts.blocks[-1].register_forward_hook(lambda m, args, x: final.append(_first(x).float()))
             stack.callback(handle.remove)
             self.run(self._pad((0,), [self._render(PROBES[0])]))
-        rest = (torch.stack([w.to(self.device) for w in writes]).sum(0) - final[0]).norm() / final[0].norm()
+        stream = final[0].to(self.device)
+        rest = (torch.stack([w.to(self.device) for w in writes]).sum(0) - stream).norm() / stream.norm()
         tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
         if not rest < tolerance:
             raise ModelError(
@@ -811,19 +851,6 @@ def _keep_the_familys_modules(adapter: ArchitectureAdapter) -> None:
             hook_alias_overrides=aliases,
         ),
     }
-
-
-def _best_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def _device(wanted: str | torch.device) -> torch.device:
-    try:
-        return torch.empty(0, device=wanted).device
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"There is no device {str(wanted)!r} here: take cpu, or leave it to the program.") from error
 
 
 def _outline(checkpoint: Checkpoint, dtype: torch.dtype) -> transformers.PreTrainedModel:

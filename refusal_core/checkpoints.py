@@ -16,7 +16,6 @@ from typing import Any
 
 import httpx2
 import huggingface_hub
-import psutil
 import torch
 import transformers
 from huggingface_hub import constants as hub_constants
@@ -34,8 +33,6 @@ SMALL_FILES = [
 """What is fetched to judge a model by."""
 
 INDEX = "model.safetensors.index.json"
-ROOM_TO_WORK = 1.15
-"""The weights' share of the memory that loading and a forward step take."""
 
 
 class ModelError(ValueError):
@@ -91,7 +88,7 @@ def fetch(checkpoint: Checkpoint) -> None:
     free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
     if checkpoint.missing > free:
         raise ModelError(
-            f"{checkpoint.name} needs {_size(checkpoint.missing)} on the disk and {_size(free)} are free in {cache}: "
+            f"{checkpoint.name} needs {gigabytes(checkpoint.missing)} on the disk and {gigabytes(free)} are free in {cache}: "
             "make room, or name a folder on another disk in HF_HOME."
         )
     with answers(checkpoint.name, checkpoint.revision, ModelError, "model"):
@@ -100,22 +97,10 @@ def fetch(checkpoint: Checkpoint) -> None:
         )
 
 
-def check_memory(name: str, n_bytes: int, device: torch.device) -> None:
-    """Raises ModelError if weights of `n_bytes` do not fit into the free memory of `device`, or on the way there."""
-    needed = int(ROOM_TO_WORK * n_bytes)
-    where = {"memory": _free_memory()}
-    if device.type == "cuda":
-        where["GPU memory"] = torch.cuda.mem_get_info(device)[0]
-    for kind, free in where.items():
-        if needed > free:
-            raise ModelError(
-                f"{name} needs about {_size(needed)} of {kind} and {_size(free)} are free: close other programs, take "
-                "a smaller model, or a dtype with fewer bytes."
-            )
-
-
-def read_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    """The model on the CPU, in `dtype`; raises ModelError if the weights cannot be read or are not all there."""
+def read_weights(checkpoint: Checkpoint, dtype: torch.dtype, **where: Any) -> transformers.PreTrainedModel:
+    """The model in `dtype`, where `from_pretrained` is told; raises ModelError if its weights cannot be read, are not all
+    there, or do not fit.
+    """
     transformers.utils.logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -126,7 +111,12 @@ def read_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> transformers.Pre
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **where,
         )
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{checkpoint.name} does not fit into the GPU memory: close other programs, or take a smaller model."
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"The weights of {checkpoint.name} cannot be read ({first_line(error)}): fetch or copy the checkpoint "
@@ -249,22 +239,8 @@ def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _free_memory() -> int:
-    """The bytes of memory that a program can have now: a container may have fewer than its machine."""
-    free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdigit():
-        free = min(free, int(most) - int(used.read_text()) + _cached_files())
-    return free
-
-
-def _cached_files() -> int:
-    """The bytes that the container's limit counts as used and that are given back when they are needed."""
-    counted = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-    return int(counted.get("inactive_file", 0)) + int(counted.get("active_file", 0))
-
-
-def _size(n_bytes: int) -> str:
+def gigabytes(n_bytes: int) -> str:
+    """A size, to be said in a sentence."""
     return f"{n_bytes / 1e9:,.1f} GB"
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import torch
 
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import Direction, DirectionError
@@ -23,11 +22,10 @@ from refusal_core.hub import HARMFUL, NAMES
 from refusal_core.interventions import Kind
 from refusal_core.metrics import finite
 from refusal_core.orthogonalize import NEEDS_MEAN, VARIANTS, export
+from refusal_core.placement import add_placement, read_placement
 from refusal_core.prompts import PromptError, PromptSet, Split, load_prompts, pinned
 from refusal_core.selection import KL_LIMIT, LAYER_SHARE, By, CandidateScore, Found, Rule, find_direction
 from refusal_core.terminal import chat, followed
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 DISCARDED: dict[Rule, str] = {
     "zero": "numerically zero: harmful and harmless prompts are the same there",
@@ -68,8 +66,7 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         help="folder or hub id; default: the embedded toy model",
     )  # fmt: skip
     common.add_argument("--revision", help="branch, tag or commit on the hub")
-    common.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
-    common.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on CUDA, float16 on MPS, float32 on a CPU")
+    add_placement(common)
     lists = common.add_argument_group("prompts")
     lists.add_argument(
         "--prompts", default="embedded", metavar="FILE",
@@ -194,8 +191,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _evaluate_here(options: argparse.Namespace, prompts: PromptSet, how: dict[str, Any]) -> Report:
-    model, dtype = _model(options), DTYPES.get(options.dtype)
-    classifier = ChatModel.load(options.classifier, device=options.device, dtype=dtype) if options.classifier else None
+    model = _model(options)
+    classifier = ChatModel.load(options.classifier, **read_placement(options)) if options.classifier else None
     direction = _direction(model, options)
     report: Report = followed(
         evaluate(model, prompts, paper_rows(direction), exported=options.exported, classifier=classifier, **how)
@@ -255,9 +252,7 @@ RUN = {"find": _find, "chat": _chat, "evaluate": _evaluate, "export": _export}
 
 
 def _model(options: argparse.Namespace) -> ChatModel:
-    return ChatModel.load(
-        options.model, device=options.device, dtype=DTYPES.get(options.dtype), revision=options.revision
-    )
+    return ChatModel.load(options.model, revision=options.revision, **read_placement(options))
 
 
 def _prompts(split: Split, options: argparse.Namespace) -> PromptSet:

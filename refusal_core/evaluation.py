@@ -351,7 +351,7 @@ def judged_replies(
 
 
 def _from_folder(model: ChatModel, path: Path, name: str) -> _Setting:
-    edited = ChatModel.load(path, device=model.device, dtype=model.dtype)
+    edited = model.load_beside(path)
     if (edited.d_model, edited.n_layers, edited.d_vocab) != (model.d_model, model.n_layers, model.d_vocab):
         raise ModelError(
             f"The weights in {path} are not of the size of {model.name}: name a folder that was exported from this model."

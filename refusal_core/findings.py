@@ -178,7 +178,7 @@ def _key(
 ) -> str:
     read = [[model.render(text) for text in texts] for s in (train, val) for texts in (s.harmful, s.harmless)]
     made_from = [
-        _code_version(), model.name, model.revision, model.fingerprint, str(model.dtype), model.device.type,
+        _code_version(), model.name, model.revision, model.fingerprint, model.precision, model.device.type,
         train.source, by, list(tokens or ()), complete, read,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]

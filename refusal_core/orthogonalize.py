@@ -24,6 +24,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -157,14 +158,16 @@ def orthogonalize(
     """A model whose weights cannot write `direction`, or another `variant` of it; the given one stays as it is.
 
     Raises ModelError for a direction of another model, for a family whose writers are not known by name, for an addition
-    where there is no bias to take it, and as `Edit` does.
+    where there is no bias to take it, for a model in 4 bits, and as `Edit` does.
     """
     edit = Edit(direction, variant, strength, harmless_mean)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "edited"
+    with contextlib.ExitStack() as stack:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "edited"
         path.mkdir()
         _write_checkpoint(model, edit, path)
-        edited = ChatModel.load(path, device=model.device, dtype=model.dtype)
+        edited = model.load_beside(path)
+        if "disk" in edited.places:  # its blocks are read from there
+            weakref.finalize(edited, stack.pop_all().close)
     edited.name = f"{model.name}, {'orthogonalised' if variant == 'ablation' else variant}"
     return edited
 
@@ -187,7 +190,7 @@ def export(
     edit, path = Edit(direction, variant, strength, harmless_mean), Path(path)
     with _whole(path) as made:
         n_edited = _write_checkpoint(model, edit, made)
-        edited = ChatModel.load(made, device=model.device, dtype=model.dtype)
+        edited = model.load_beside(made)
         report = _measure(model, edit, edited, n_edited, path, refusal_tokens)
         (made / "README.md").write_text(_card(model, edit, report), "utf-8")
     return report
@@ -257,6 +260,11 @@ def _sync(path: Path) -> None:
 def _write_checkpoint(model: ChatModel, edit: Edit, path: Path) -> int:
     """The edited checkpoint of `model` in the empty folder `path`, shard by shard; how many tensors were edited."""
     model.check_rows([edit.hooks], 1)
+    if model.placed.four_bit:
+        raise ModelError(
+            f"{model.name} is in 4 bits, so weights that are edited in full precision cannot be measured against its hooks: "
+            'load it whole, with the device "auto" if it is large, and find the direction there.'
+        )
     shards = sorted(model.folder.glob("*.safetensors"))
     if not shards:
         raise ModelError(

@@ -13,6 +13,7 @@ OWNERS = {
     "umap": {"geometry"},
     "plotly": {"plots"},
     "gradio": {"ui"},
+    "accelerate": {"placement"},
 }
 ROOMS = re.findall(r"^    (\w+)/?  +\S", refusal_core.__doc__ or "", re.MULTILINE)
 

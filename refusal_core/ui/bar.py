@@ -61,8 +61,8 @@ def _model_view(ready: Ready) -> dict:
         "organism": ready.is_organism,
         "parameters": _short(model.n_parameters),
         "layers": model.n_layers,
-        "device": _device_name(model.device.type),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": _device_name(model.places),
+        "dtype": model.precision,
         "thinking": THINKING[model.thinking],
     }
 

@@ -8,10 +8,11 @@ import hashlib
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,7 +137,10 @@ Status = Progress | Ready | Served | Failed
 
 
 class Engine:
-    """A chat model with its refusal direction, on its way or there; or two servers, if there is a `pair` of them."""
+    """A chat model with its refusal direction, on its way or there; or two servers, if there is a `pair` of them.
+
+    `placed` is what `ChatModel.load` is told of device, dtype and 4 bits.
+    """
 
     def __init__(
         self,
@@ -144,10 +148,11 @@ class Engine:
         prompts: str | Path = "embedded",
         turn: AbstractContextManager | None = None,
         pair: tuple[Endpoint, Endpoint] | None = None,
+        placed: Mapping[str, Any] | None = None,
     ) -> None:
         self.is_organism = Path(name).resolve() == ORGANISM.resolve()
         self.name, self.prompts, self.pair = EMBEDDED if self.is_organism else str(name), prompts, pair
-        self._path = name
+        self._path, self.placed = name, dict(placed or {})
         self._status: Status = Progress("loading the model", 0, 0)
         self._news = threading.Condition()
         self._closing = threading.Event()
@@ -255,7 +260,7 @@ class Engine:
                 status = self._ask(self.pair)
                 return
             with self._turn:
-                model = None if self._closing.is_set() else ChatModel.load(self._path)
+                model = None if self._closing.is_set() else ChatModel.load(self._path, **self.placed)
             if model is not None:
                 status = self._find(model)
         except (ModelError, PromptError, DirectionError) as error:
@@ -326,7 +331,9 @@ class Engines:
         with self._lock:
             engine = self._others.pop(name, None)
             if engine is None:
-                engine = Engine(ORGANISM if name == EMBEDDED else name, self._first.prompts, self._turn)
+                engine = Engine(
+                    ORGANISM if name == EMBEDDED else name, self._first.prompts, self._turn, placed=self._first.placed
+                )
                 engine.start()
                 self._started = [t for t in (*self._started, engine.thread) if t is not None and t.is_alive()]
             self._others[name] = engine

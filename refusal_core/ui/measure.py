@@ -128,7 +128,7 @@ def _made_with(ready: Ready) -> dict:
     return {
         "toy": ready.is_organism,
         "direction": asdict(ready.direction.source) | {"norm": ready.direction.norm, "digest": ready.digest},
-        "dtype": str(ready.model.dtype).removeprefix("torch."),
+        "dtype": ready.model.precision,
     }
 
 

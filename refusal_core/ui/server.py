@@ -21,8 +21,9 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from refusal_core.chat_model import ORGANISM
-from refusal_core.endpoints import EndpointError, add_endpoints, read_endpoints
+from refusal_core.chat_model import ORGANISM, ModelError
+from refusal_core.endpoints import add_endpoints, read_endpoints
+from refusal_core.placement import add_placement, asked_for, read_placement
 from refusal_core.plots import PLOTLY_JS
 from refusal_core.ui.component import ASSETS
 from refusal_core.ui.engine import EMBEDDED, Engine, Engines, Failed, Progress
@@ -122,6 +123,7 @@ def routes(engine: Engine) -> list[BaseRoute]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="app.py", description="Explore the refusal direction of a chat model.")
     parser.add_argument("--model", default=str(ORGANISM), help="folder or hub id; default: the embedded toy model")
+    add_placement(parser)
     parser.add_argument(
         "--prompts",
         default="embedded",
@@ -140,16 +142,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the app until it is interrupted, and ends the process; returns the exit status of one that cannot begin."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    placed = read_placement(options)
     try:
         pair = read_endpoints(options)
-    except EndpointError as error:
+        asked_for(**placed)  # what cannot be is said before the page is up
+    except ModelError as error:
         print(error, file=sys.stderr)
         return 1
-    if pair and options.model != str(ORGANISM):
+    if pair and (options.model != str(ORGANISM) or any(placed.values())):
         parser.error(
-            "--model loads a model here, --baseline and --ablated ask two servers instead: give one or the other"
+            "--model, --device, --dtype and --four-bit are of a model here, --baseline and --ablated ask two servers instead: "
+            "give one or the other"
         )
-    engine, stops = Engine(options.model, options.prompts, pair=pair), Stops()
+    engine, stops = Engine(options.model, options.prompts, pair=pair, placed=placed), Stops()
     engines = Engines(engine, () if pair else OFFERED, any_model=not pair and _is_private(options))
     page = build(engines, stops, TOKENS_ON_A_SPACE if "SPACE_ID" in os.environ else MAX_NEW_TOKENS)
     page.queue(max_size=QUEUE)
