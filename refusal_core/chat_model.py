@@ -224,6 +224,12 @@ class ChatModel:
             folder=folder,
         )
 
+    def to(self, device: str | torch.device) -> "ChatModel":
+        """The model itself, with its weights on `device` from now on; replies in progress must have ended."""
+        with self._lock:
+            torch.nn.Module.to(self._model, device)
+        return self
+
     # -- what it is ------------------------------------------------------------------------------------------------
 
     @property

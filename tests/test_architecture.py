@@ -13,6 +13,7 @@ OWNERS = {
     "umap": {"geometry"},
     "plotly": {"plots"},
     "gradio": {"ui"},
+    "spaces": {"ui"},
 }
 ROOMS = re.findall(r"^    (\w+)/?  +\S", refusal_core.__doc__ or "", re.MULTILINE)
 

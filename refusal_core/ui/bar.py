@@ -6,6 +6,7 @@ from refusal_core.chat_model import THINKING, ChatModel
 from refusal_core.directions import Source
 from refusal_core.prompts import is_public
 from refusal_core.selection import COSMIC, KL_LIMIT, LAYER_SHARE, CandidateScore, Choice, Found, Progress, Rule
+from refusal_core.ui import GPUS_ARE_LENT
 from refusal_core.ui.engine import Failed, Ready, Served, Status
 
 BROKEN: dict[Rule, str] = {
@@ -61,7 +62,7 @@ def _model_view(ready: Ready) -> dict:
         "organism": ready.is_organism,
         "parameters": _short(model.n_parameters),
         "layers": model.n_layers,
-        "device": _device_name(model.device.type),
+        "device": "borrowed GPU" if GPUS_ARE_LENT else _device_name(model.device.type),
         "dtype": str(model.dtype).removeprefix("torch."),
         "thinking": THINKING[model.thinking],
     }

@@ -24,8 +24,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from refusal_core.chat_model import ORGANISM
 from refusal_core.endpoints import EndpointError, add_endpoints, read_endpoints
 from refusal_core.plots import PLOTLY_JS
+from refusal_core.ui import GPUS_ARE_LENT
 from refusal_core.ui.component import ASSETS
 from refusal_core.ui.engine import EMBEDDED, Engine, Engines, Failed, Progress
+from refusal_core.ui.lending import give_back
 from refusal_core.ui.page import build
 from refusal_core.ui.talk import MAX_NEW_TOKENS, Stops
 
@@ -156,7 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    engine.start()
+    if not GPUS_ARE_LENT:
+        engine.start()
     try:
         _, url, shared = page.launch(
             server_name=options.host,
@@ -180,10 +183,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         engines.close()
         return 1
     print(f"The page is at {url}" + (f" and at {shared}" if shared else "") + " (Ctrl-C ends it)", flush=True)
+    if GPUS_ARE_LENT:  # to a page that is up
+        engine.start()
     ended.wait()
     stops.stop_all()
     engines.close()
     page.close(verbose=False)
+    give_back()
     # A thread in the middle of a step, which is native code, would abort an interpreter that winds down: leave without.
     sys.stdout.flush()
     sys.stderr.flush()
