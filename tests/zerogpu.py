@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -28,6 +27,7 @@ class Lender:
         self.reports = 0
         self.durations: list[int] = []
         self.workers: dict[int, int] = {}
+        self.seen: set[int] = set()
         self.in_use: set[int] = set()
         self._news = threading.Condition()
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -60,6 +60,7 @@ class Lender:
                 return 200, lent | {"idle": gpu in self.workers}
             elif call == "/allow":
                 self.workers[int(asked["allowToken"])] = int(asked["pid"])
+                self.seen.add(int(asked["pid"]))
             elif call == "/release":
                 gpu = int(asked["allowToken"])
                 self.in_use.discard(gpu)

@@ -80,7 +80,7 @@ def on_gpu(
     work: Callable[..., Iterator[T]],
     *args: Any,
     model: ChatModel,
-    seconds: float,
+    seconds: int,
     stop: threading.Event | None = None,
     **kwargs: Any,
 ) -> Iterator[T]:
@@ -112,7 +112,7 @@ def on_gpu(
         yield from _answers(work, args, kwargs if stop is None else kwargs | {"stop": stop})
 
 
-def once_on_gpu(work: Callable[..., T], *args: Any, model: ChatModel, seconds: float, **kwargs: Any) -> T:
+def once_on_gpu(work: Callable[..., T], *args: Any, model: ChatModel, seconds: int, **kwargs: Any) -> T:
     """The same for work that returns one thing."""
     (answer,) = on_gpu(work, *args, model=model, seconds=seconds, **kwargs)  # type: ignore[arg-type]
     return answer
@@ -130,7 +130,7 @@ def give_back() -> None:
 
 
 def _work(
-    seconds: float,
+    seconds: int,
     model: ChatModel,
     slot: int | None,
     work: Callable[..., Any],
