@@ -44,6 +44,11 @@ class Lender:
             for gpu in self.in_use:
                 os.kill(self.workers[gpu], signal.SIGKILL)
 
+    def all_are_back(self, patience: float) -> bool:
+        """Whether no GPU is in use, at the latest after so many seconds."""
+        with self._news:
+            return self._news.wait_for(lambda: not self.in_use, timeout=patience)
+
     def answer(self, call: str, asked: dict[str, str]) -> tuple[int, dict]:
         """Status and body of a call."""
         with self._news:

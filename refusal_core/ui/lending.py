@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import mmap
 import multiprocessing
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
@@ -196,8 +197,10 @@ def _said(error: gr.Error) -> Exception:
     if "illegal duration" in title:
         return LendingError("This takes longer than Hugging Face lends a GPU for: ask for less at a time.")
     if "quota" in title or "credits" in title:
+        wait = re.search(r"in (?:\d+ days?, )?[\d:]+$", message)
         return LendingError(
-            f"Hugging Face lends no more GPU time for now ({message}): sign in there, or come back later."
+            "Your share of Hugging Face’s GPU time is used up: sign in there for more, or try again "
+            f"{wait[0] if wait else 'later'}."
         )
     if "Expired" in message:
         return LendingError("The page has been open for too long to borrow a GPU for it: reload it.")
