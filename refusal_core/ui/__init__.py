@@ -15,6 +15,7 @@ Each part is a small component of its own: markup and script in `assets/ui`, dat
 write reaches the page as data and is set as text, never as markup.
 """
 
+import importlib
 import os
 
 # Read by gradio and huggingface_hub while they are imported: neither reports to anybody.
@@ -26,4 +27,4 @@ GPUS_ARE_LENT = os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "tru
 """Whether this is a Space with ZeroGPU hardware: the process has no GPU, and borrows one for a call."""
 
 if GPUS_ARE_LENT:
-    import spaces  # noqa: F401  (before torch, which it lets believe in a GPU that is not there yet)
+    importlib.import_module("spaces")  # before torch, which it lets believe in a GPU that is not there yet

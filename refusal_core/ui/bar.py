@@ -138,13 +138,9 @@ BY_SEPARATION = (
 
 def _meaning(ready: Ready) -> str:
     """What the page's words mean for a direction that is not about refusal."""
-    contrast, (first, second) = ready.direction.source.contrast, ready.found.prompts.classes
-    read_as = (
-        f" At the dials read {first} for more refusal and {second} for less refusal; Measure asks the app’s harmful and "
-        "harmless prompts."
-        if ready.found.direction.source.contrast == contrast
-        else ""
-    )
+    contrast = ready.direction.source.contrast
+    is_found = ready.found.direction.source.contrast == contrast
+    read_as = " Measure asks the app’s harmful and harmless prompts." if is_found else ""
     return (
         f"This direction is {contrast}, not refusal: “starts like a refusal”, “refused” and “answered” say what it does to "
         f"refusals, and nothing about what it is made of.{read_as}"

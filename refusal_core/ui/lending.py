@@ -14,9 +14,9 @@ import mmap
 import multiprocessing
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import gradio as gr
@@ -91,31 +91,32 @@ def on_gpu(
     LendingError in one sentence if there is no GPU or it was taken back; before there is any visitor whose share of GPU time
     could be used, such work is done here instead.
     """
+    stops = {} if stop is None else {"stop": stop}
     if not GPUS_ARE_LENT:
-        yield from _answers(work, args, kwargs if stop is None else kwargs | {"stop": stop})
+        yield from _answers(work, args, kwargs | stops)
         return
-    slot = None if stop is None else next(_SLOTS)
-    begun = False
+    slot, begun = next(_SLOTS), False
+    _STOPS[slot] = stop is not None and stop.is_set()
     try:
-        if stop is not None and slot is not None:
-            _STOPS[slot] = stop.is_set()
-        with contextlib.closing(_borrowed(seconds, model, slot, work, args, kwargs)) as answers:
-            for answer in answers:
-                begun = True
-                if isinstance(answer, Exception):
-                    raise answer
-                yield answer
-                if stop is not None and slot is not None and stop.is_set():
-                    _STOPS[slot] = 1
+        with contextlib.closing(_borrowed(seconds, model, slot if stops else None, work, args, kwargs)) as answers:
+            try:
+                for answer in answers:
+                    begun = True
+                    if isinstance(answer, Exception):
+                        raise answer
+                    yield answer
+                    _STOPS[slot] = stop is not None and stop.is_set()
+            finally:
+                _STOPS[slot] = 1  # also where nobody wants the rest any more
     except gr.Error as error:
         if begun or LocalContext.request.get(None) is not None:
             raise _said(error) from error
-        yield from _answers(work, args, kwargs if stop is None else kwargs | {"stop": stop})
+        yield from _answers(work, args, kwargs | stops)
 
 
 def once_on_gpu(work: Callable[..., T], *args: Any, model: ChatModel, seconds: int, **kwargs: Any) -> T:
     """The same for work that returns one thing."""
-    (answer,) = on_gpu(work, *args, model=model, seconds=seconds, **kwargs)  # type: ignore[arg-type]
+    (answer,) = on_gpu(cast(Any, work), *args, model=model, seconds=seconds, **kwargs)
     return answer
 
 
@@ -137,7 +138,7 @@ def _work(
     work: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """What the work yields; an error that says what to do comes last, as a value: `spaces` hands on only an error's name."""
     torch.set_num_threads(1)  # the others that OpenMP had did not survive the fork: who waits for them waits forever
     if torch.cuda.is_available():
@@ -217,6 +218,6 @@ if GPUS_ARE_LENT:
     ForkingPickler.register(ChatModel, _by_name)
     ForkingPickler.register(Tensor, _as_bytes)
     # One function for all work, so that all of it shares the workers. `spaces` wants to know it before the page is up.
-    _borrowed = spaces.GPU(duration=lambda seconds, *_: seconds)(_work)
+    _borrowed = spaces.GPU(_work, duration=lambda seconds, model, slot, work, args, kwargs: seconds)
 else:
     _borrowed = _work
