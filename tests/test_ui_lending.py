@@ -255,6 +255,27 @@ def test_elsewhere_the_work_is_done_here_and_its_errors_are_its_own(model):
     assert once_on_gpu(sorted, [2, 1], model=model, seconds=1, reverse=True) == [2, 1]
 
 
+def test_work_of_which_nobody_wants_the_rest_is_told_so_and_waited_for(model, monkeypatch):
+    # A generator of `spaces` that is closed stops whatever its worker does by then.
+    yielded, ended = [], []
+
+    def worker(*args):
+        yield from lending._work(*args)
+        ended.append(True)
+
+    def work():
+        for i in range(9):
+            yielded.append(i)
+            yield i
+
+    monkeypatch.setattr(lending, "GPUS_ARE_LENT", True)
+    monkeypatch.setattr(lending, "_borrowed", worker)
+    answers = on_gpu(work, model=model, seconds=1)
+    assert next(answers) == 0
+    answers.close()
+    assert yielded == [0] and ended == [True]
+
+
 def test_before_there_is_a_visitor_work_without_a_gpu_is_done_here(model, monkeypatch):
     def refused(*args):
         raise gr.Error("No GPU was available", title="ZeroGPU client error")

@@ -47,6 +47,8 @@ _AGAIN: dict[Name, ChatModel] = {}
 
 _STOPS = mmap.mmap(-1, MOST_STOPS)
 """A byte for each call in hand, not 0 once it is to stop: shared with every process that is forked from this one."""
+ABANDONED = 2
+"""The byte of a call of which nobody wants the rest."""
 _SLOTS = itertools.cycle(range(MOST_STOPS))
 
 
@@ -97,21 +99,24 @@ def on_gpu(
         return
     slot, begun = next(_SLOTS), False
     _STOPS[slot] = stop is not None and stop.is_set()
+    answers = _borrowed(seconds, model, slot, bool(stops), work, args, kwargs)
     try:
-        with contextlib.closing(_borrowed(seconds, model, slot if stops else None, work, args, kwargs)) as answers:
-            try:
-                for answer in answers:
-                    begun = True
-                    if isinstance(answer, Exception):
-                        raise answer
-                    yield answer
-                    _STOPS[slot] = stop is not None and stop.is_set()
-            finally:
-                _STOPS[slot] = 1  # also where nobody wants the rest any more
+        for answer in answers:
+            begun = True
+            if isinstance(answer, Exception):
+                raise answer
+            yield answer
+            _STOPS[slot] = stop is not None and stop.is_set()
     except gr.Error as error:
         if begun or LocalContext.request.get(None) is not None:
             raise _said(error) from error
         yield from _answers(work, args, kwargs | stops)
+    finally:
+        # To the end, not closed: `spaces` would stop whatever the worker does by then, which may be somebody else's work.
+        _STOPS[slot] = ABANDONED
+        with contextlib.suppress(gr.Error):
+            for _ in answers:
+                pass
 
 
 def once_on_gpu(work: Callable[..., T], *args: Any, model: ChatModel, seconds: int, **kwargs: Any) -> T:
@@ -134,7 +139,8 @@ def give_back() -> None:
 def _work(
     seconds: int,
     model: ChatModel,
-    slot: int | None,
+    slot: int,
+    has_stop: bool,
     work: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
@@ -144,7 +150,10 @@ def _work(
     if torch.cuda.is_available():
         model.to("cuda")
     try:
-        yield from _answers(work, args, kwargs if slot is None else {**kwargs, "stop": _Stop(slot)})
+        for answer in _answers(work, args, {**kwargs, "stop": _Stop(slot)} if has_stop else kwargs):
+            yield answer
+            if _STOPS[slot] == ABANDONED:
+                return
     except (PromptError, ModelError, DirectionError) as error:
         yield error
 
@@ -218,6 +227,6 @@ if GPUS_ARE_LENT:
     ForkingPickler.register(ChatModel, _by_name)
     ForkingPickler.register(Tensor, _as_bytes)
     # One function for all work, so that all of it shares the workers. `spaces` wants to know it before the page is up.
-    _borrowed = spaces.GPU(_work, duration=lambda seconds, model, slot, work, args, kwargs: seconds)
+    _borrowed = spaces.GPU(_work, duration=lambda seconds, model, slot, has_stop, work, args, kwargs: seconds)
 else:
     _borrowed = _work
