@@ -58,7 +58,7 @@ class Lender:
                 if self.refusal is not None:
                     return self.refusal
                 assert self._news.wait_for(lambda: len(self.in_use) < N_GPUS, timeout=60)
-                gpu = next(i for i in range(N_GPUS) if i not in self.in_use)
+                gpu = min(set(range(N_GPUS)) - self.in_use, key=lambda i: (i not in self.workers, i))
                 self.in_use.add(gpu)
                 self.durations.append(int(asked["durationSeconds"]))
                 lent = {"nvidiaIndex": gpu, "nvidiaUUID": f"GPU-{gpu}", "allowToken": str(gpu)}
