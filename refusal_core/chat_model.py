@@ -18,7 +18,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -244,6 +244,13 @@ class ChatModel:
         """The checkpoint in `folder`, placed as this model was asked to be; raises ModelError as `load` does."""
         placed = self.placed
         return ChatModel.load(folder, device=placed.device, dtype=placed.dtype, four_bit=placed.four_bit)
+
+    def to(self, device: str | torch.device) -> "ChatModel":
+        """The model itself, with its weights on `device` from now on; replies in progress must have ended."""
+        with self._lock:
+            torch.nn.Module.to(self._model, device)
+            self.placed = replace(self.placed, device=torch.device(device))
+        return self
 
     # -- what it is ------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ OWNERS = {
     "plotly": {"plots"},
     "gradio": {"ui"},
     "accelerate": {"placement"},
+    "spaces": {"ui"},
 }
 ROOMS = re.findall(r"^    (\w+)/?  +\S", refusal_core.__doc__ or "", re.MULTILINE)
 

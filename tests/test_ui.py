@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -277,14 +277,14 @@ class App:
     log: Path
 
 
-def start(log: Path, *arguments: str) -> App:
-    """Starts the app on a free port and waits until it listens."""
+def start(log: Path, *arguments: str, program: Sequence[str] = ("app.py",)) -> App:
+    """Starts the app on a free port and waits until it listens; `program` is what Python is to run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with log.open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, "app.py", "--port", str(port), "--no-browser", *arguments],
+            [sys.executable, *program, "--port", str(port), "--no-browser", *arguments],
             cwd=ROOT,
             stdout=out,
             stderr=out,
@@ -320,9 +320,9 @@ def end(app: App) -> int:
 
 
 @contextlib.contextmanager
-def running(log: Path, *arguments: str) -> Iterator[App]:
+def running(log: Path, *arguments: str, program: Sequence[str] = ("app.py",)) -> Iterator[App]:
     """The app, ready; at the end it must have ended well, and have logged no error."""
-    app = start(log, *arguments)
+    app = start(log, *arguments, program=program)
     try:
         wait_for(lambda: "true" in (health(app) or ""), app, "is ready")
         assert '"ready":true' in (health(app) or "")

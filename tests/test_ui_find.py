@@ -503,6 +503,10 @@ def test_two_other_classes_give_a_direction_that_says_it_is_not_about_refusal(ta
     tab.get_by_role("tab", name="Talk").click()
     idle(tab)
     expect(tab.locator(".composer [data-place]")).to_contain_text("toward question than")
+    expect(tab.locator("[data-pane='added'] .ends").first).to_have_text("toward <b>order</b>toward question")
+    expect(tab.locator("[data-about]")).to_contain_text(
+        "the mean of the <b>order</b> prompts, orange and solid toward that of the question ones"
+    )
     expect(tab.locator(".token").first).to_have_attribute(
         "title", re.compile("from the <b>order</b> to the question mean")
     )

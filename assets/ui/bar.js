@@ -55,6 +55,7 @@ function drawReady(view) {
   find('[data-meaning-of]').hidden = true;
   if (view.state !== 'ready') return;
   const { model, direction } = view;
+  all('[data-class]').forEach((node) => { node.textContent = direction.classes[node.dataset.class]; });
   find('[data-model]').replaceChildren(make('b', model.name), ` ${model.parameters}, ${model.layers} layers`);
   find('[data-device]').textContent = [model.device, model.dtype, model.thinking].filter(Boolean).join(', ');
   find('[data-toy]').replaceChildren(

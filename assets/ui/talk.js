@@ -735,7 +735,12 @@ document.addEventListener('compose', (event) => {
 });
 document.addEventListener('direction', ({ detail }) => {
   const said = `at layer ${detail.layer}, position ${String(detail.position).replace('-', '−')}`;
-  if (element.isConnected) classes = detail.classes;
+  if (element.isConnected && detail.classes) {
+    classes = detail.classes;
+    const [more, less] = classes.join() === 'harmful,harmless' ? ['more refusal', 'less refusal'] : classes.map((name) => `toward ${name}`);
+    setText(find('[data-more]'), more);
+    setText(find('[data-less]'), less);
+  }
   if (!element.isConnected || detail.newModel || direction === detail.digest) return;
   direction = detail.digest;
   find('[data-where]').textContent = said;

@@ -6,6 +6,7 @@ from refusal_core.chat_model import THINKING, ChatModel
 from refusal_core.directions import Source
 from refusal_core.prompts import is_public
 from refusal_core.selection import COSMIC, KL_LIMIT, LAYER_SHARE, CandidateScore, Choice, Found, Progress, Rule
+from refusal_core.ui import GPUS_ARE_LENT
 from refusal_core.ui.engine import Failed, Ready, Served, Status
 
 BROKEN: dict[Rule, str] = {
@@ -61,7 +62,7 @@ def _model_view(ready: Ready) -> dict:
         "organism": ready.is_organism,
         "parameters": _short(model.n_parameters),
         "layers": model.n_layers,
-        "device": _device_name(model.places),
+        "device": "borrowed GPU" if GPUS_ARE_LENT else _device_name(model.places),
         "dtype": model.precision,
         "thinking": THINKING[model.thinking],
     }
@@ -137,13 +138,9 @@ BY_SEPARATION = (
 
 def _meaning(ready: Ready) -> str:
     """What the page's words mean for a direction that is not about refusal."""
-    contrast, (first, second) = ready.direction.source.contrast, ready.found.prompts.classes
-    read_as = (
-        f" At the dials read {first} for more refusal and {second} for less refusal; Measure asks the app’s harmful and "
-        "harmless prompts."
-        if ready.found.direction.source.contrast == contrast
-        else ""
-    )
+    contrast = ready.direction.source.contrast
+    is_found = ready.found.direction.source.contrast == contrast
+    read_as = " Measure asks the app’s harmful and harmless prompts." if is_found else ""
     return (
         f"This direction is {contrast}, not refusal: “starts like a refusal”, “refused” and “answered” say what it does to "
         f"refusals, and nothing about what it is made of.{read_as}"

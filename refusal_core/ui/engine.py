@@ -4,6 +4,7 @@ The page is up while the model loads: `Engine.status` says how far that is, and 
 """
 
 import contextlib
+import contextvars
 import hashlib
 import math
 import threading
@@ -25,6 +26,7 @@ from refusal_core.geometry import LayerMap, along_maps, pca_maps, turned, umap_i
 from refusal_core.interventions import Intervention
 from refusal_core.prompts import PromptError, PromptSet, is_public, load_prompts, pinned
 from refusal_core.selection import CandidateScore, Found, Progress
+from refusal_core.ui.lending import SEARCH, load, on_gpu
 
 EMBEDDED = "embedded model"
 MOST_LOADED = 3
@@ -60,6 +62,14 @@ class Ready:
     def digest(self) -> str:
         """Names what results depend on besides the model: the direction, and the tokens that count as a refusal."""
         return f"{self.direction.digest} {hashlib.sha256(repr(self.found.refusal_tokens).encode()).hexdigest()[:8]}"
+
+    @property
+    def light(self) -> "Ready":
+        """The same without the activations of the prompts: what goes to another process is small then."""
+        kept = ("harmful", "harmless", "val_harmful", "val_harmless")
+        return replace(
+            self, found=replace(self.found, **{name: getattr(self.found, name)[:0].clone() for name in kept})
+        )
 
     @property
     def score(self) -> CandidateScore | None:
@@ -169,8 +179,9 @@ class Engine:
         return self._status
 
     def start(self) -> None:
-        """Prepares model and direction in a thread of its own."""
-        self.thread = threading.Thread(target=self._prepare, name="engine", daemon=True)
+        """Prepares model and direction in a thread of its own, on behalf of the visitor who asks for it, if there is one."""
+        context = contextvars.copy_context()
+        self.thread = threading.Thread(target=context.run, args=(self._prepare,), name="engine", daemon=True)
         self.thread.start()
 
     def close(self) -> None:
@@ -260,7 +271,7 @@ class Engine:
                 status = self._ask(self.pair)
                 return
             with self._turn:
-                model = None if self._closing.is_set() else ChatModel.load(self._path, **self.placed)
+                model = None if self._closing.is_set() else load(self._path, **self.placed)
             if model is not None:
                 status = self._find(model)
         except (ModelError, PromptError, DirectionError) as error:
@@ -274,7 +285,7 @@ class Engine:
             self._say(Progress("fetching the prompts", 0, 0))
         self.prompts = pinned(self.prompts)
         train, val = load_prompts("train", self.prompts), load_prompts("val", self.prompts)
-        for news in find_or_recall(model, train, val, stop=self._closing):
+        for news in on_gpu(find_or_recall, model, train, val, model=model, seconds=SEARCH, stop=self._closing):
             if isinstance(news, Found):
                 examples = load_prompts("test", self.prompts)
                 return Ready(model, news, news.direction, examples, self.is_organism)
@@ -369,10 +380,13 @@ def _map_key(ready: Ready, pos: int, axes: str) -> MapKey:
 def filled(ready: Ready, stop: threading.Event) -> Iterator[Progress | Ready]:
     """The same with every candidate measured, after progress; ends early when `stop` is set."""
     found = ready.found
-    search = find_or_recall(
+    search = on_gpu(
+        find_or_recall,
         ready.model,
         found.prompts,
         found.validation,
+        model=ready.model,
+        seconds=SEARCH,
         by="cosmic" if found.direction.source.chosen_by else "rule",
         refusal_tokens=found.refusal_tokens,
         complete=True,

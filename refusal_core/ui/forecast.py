@@ -5,15 +5,19 @@ prompt lies among those that the direction was made from. `assets/ui/talk.js` pa
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from refusal_core.chat_model import ModelError
+from jaxtyping import Float
+from torch import Tensor
+
+from refusal_core.chat_model import Conversation, ModelError
 from refusal_core.evaluation import DoseResponse, dose_response
 from refusal_core.geometry import place
 from refusal_core.metrics import refusal_probability
 from refusal_core.plots import star_on_map
 from refusal_core.prompts import CLASSES, PromptError
 from refusal_core.ui.engine import Engine, Ready
+from refusal_core.ui.lending import GLANCE, once_on_gpu
 from refusal_core.ui.talk import Ask, Turn, conversation, next_turn
 
 
@@ -21,23 +25,19 @@ def forecast(engine: Engine, ready: Ready, turns: Sequence[Turn], ask: Ask) -> d
     """What the page paints for the message of `ask`; without numbers where the message cannot be read."""
     try:
         earlier, turn = next_turn(tuple(turns), ask)
-        model, found = ready.model, ready.found
-        direction, tokens = ready.direction, found.refusal_tokens
         said = {pane: conversation((*earlier, turn), pane) for pane in ("unchanged", "removed", "added")}
-        (prompt,) = model.batches([said["unchanged"]])
-        output = model.run(prompt, read=found.positions)
-        removal = dose_response(model, said["removed"], direction, "ablate", tokens, writers=ask.writers)
-        addition = dose_response(model, said["added"], direction, "add", tokens)
+        unchanged, activations, removal, addition = once_on_gpu(
+            _foretold, ready.light, said, ask.writers, model=ready.model, seconds=GLANCE
+        )
     except (PromptError, ModelError):
         # Asking says what is wrong; until then nothing is painted.
         return {"run": ask.run}
-    assert output.resid_pre is not None
-    activations = output.resid_pre[0].float().cpu()
-    here = place(found, activations, direction)
+    found = ready.found
+    here = place(found, activations, ready.direction)
     return {
         "run": ask.run,
         "prompt": turn.prompt,
-        "unchanged": refusal_probability(output.logits, tokens).item(),
+        "unchanged": unchanged,
         "removal": _curve(removal),
         "addition": _curve(addition),
         "place": {
@@ -48,6 +48,24 @@ def forecast(engine: Engine, ready: Ready, turns: Sequence[Turn], ask: Ask) -> d
             for (pos, axes), maps in engine.known_maps(ready).items()
         },
     }
+
+
+def _foretold(
+    ready: Ready, said: Mapping[str, Conversation], writers: frozenset[str] | None
+) -> tuple[float, Float[Tensor, "pos layer d_model"], DoseResponse, DoseResponse]:
+    """What the model makes of each pane's conversation: the probability that the unchanged one starts like a refusal, its
+    `resid_pre` at the positions that were read, and the same probability by strength of removal and of addition.
+    """
+    model, found, direction = ready.model, ready.found, ready.direction
+    (prompt,) = model.batches([said["unchanged"]])
+    output = model.run(prompt, read=found.positions)
+    assert output.resid_pre is not None
+    return (
+        refusal_probability(output.logits, found.refusal_tokens).item(),
+        output.resid_pre[0].float().cpu(),
+        dose_response(model, said["removed"], direction, "ablate", found.refusal_tokens, writers=writers),
+        dose_response(model, said["added"], direction, "add", found.refusal_tokens),
+    )
 
 
 def _curve(response: DoseResponse) -> dict:

@@ -22,6 +22,7 @@ from refusal_core.plots import dose_figure
 from refusal_core.prompts import Prompt, PromptError, PromptSet, in_split
 from refusal_core.selection import Progress
 from refusal_core.ui.engine import Ready, Served
+from refusal_core.ui.lending import MEASUREMENT, on_gpu
 from refusal_core.ui.search import asked_public
 
 FEWEST, MOST = 5, 100
@@ -63,6 +64,10 @@ def measured(ready: Ready | Served, wish: Wish, stop: threading.Event, *, local:
     if isinstance(ready, Served):
         yield from _served(ready, wish, stop)
         return
+    yield from on_gpu(_measured, ready.light, wish, local=local, model=ready.model, seconds=MEASUREMENT, stop=stop)
+
+
+def _measured(ready: Ready, wish: Wish, stop: threading.Event, *, local: bool) -> Iterator[dict]:
     model, direction, tokens = ready.model, ready.direction, ready.found.refusal_tokens
     head = {"run": wish.run, "model": model.name}
     examples = ready.examples

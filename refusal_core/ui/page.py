@@ -21,6 +21,7 @@ from refusal_core.ui.engine import CLOSED, NEEDS_HOOKS, Cell, Engine, Engines, F
 from refusal_core.ui.find import asked_cell, find_view, rendered_view
 from refusal_core.ui.forecast import forecast
 from refusal_core.ui.inside import PAIR, inside_view, writers_view
+from refusal_core.ui.lending import GLANCE, SEARCH, on_gpu, once_on_gpu
 from refusal_core.ui.map import map_view, umap_view
 from refusal_core.ui.measure import Wish, measured
 from refusal_core.ui.search import Search, Searches, search
@@ -222,11 +223,11 @@ class Handlers:
         """
         try:
             engine, ready = self._ready(visit)
+            for progress in self._searches.fill(visit.search) if visit.search else engine.fill():
+                yield {"model": ready.model.name, "filling": [progress.stage, progress.done, progress.total]}
         except ModelError as error:
             yield {"error": str(error), "filled": True}
             return
-        for progress in self._searches.fill(visit.search) if visit.search else engine.fill():
-            yield {"model": ready.model.name, "filling": [progress.stage, progress.done, progress.total]}
         yield {"model": ready.model.name, "filled": True, "nonce": time.monotonic_ns()}
 
     def show_cells(self, visit: Visit) -> dict:
@@ -326,7 +327,8 @@ class Handlers:
         echo = {"run": getattr(event, "run", None), "nonce": time.monotonic_ns()}
         try:
             _, ready = self._ready(visit)
-            return inside_view(ready, (first, second) if first or second else PAIR) | echo
+            asked = (first, second) if first or second else PAIR
+            return once_on_gpu(inside_view, ready.light, asked, model=ready.model, seconds=GLANCE) | echo
         except (PromptError, ModelError) as error:
             return {"error": str(error)} | echo
 
@@ -336,7 +338,8 @@ class Handlers:
         try:
             _, ready = self._ready(visit)
             stop = self._stops.begin(_work_of(str(request.session_hash), "inside"), run if isinstance(run, int) else 0)
-            yield from writers_view(ready, stop, every=getattr(event, "every", None) is True)
+            every = getattr(event, "every", None) is True
+            yield from on_gpu(writers_view, ready.light, every=every, model=ready.model, seconds=SEARCH, stop=stop)
         except (PromptError, ModelError) as error:
             yield {"error": str(error), "measured": True, "nonce": time.monotonic_ns()}
 

@@ -24,6 +24,7 @@ from refusal_core.prompts import (
 )
 from refusal_core.selection import By, Found, Progress, find_contrast, find_direction
 from refusal_core.ui.engine import Ready, filled
+from refusal_core.ui.lending import SEARCH, on_gpu
 from refusal_core.ui.talk import Stops
 
 FEWEST, MOST = 12, 1_000
@@ -158,11 +159,10 @@ def search(ready: Ready, wish: Search, source: str | Path, stop: threading.Event
     """
     parts = _parts(wish, source)
     train, val = parts["train"], parts["val"]
+    find, how = find_contrast, {}
     if wish.classes == CLASSES:
-        news = find_direction(ready.model, train, val, by=wish.by, refusal_tokens=wish.tokens, stop=stop)
-    else:
-        news = find_contrast(ready.model, train, val, stop=stop)
-    for found in news:
+        find, how = find_direction, {"by": wish.by, "refusal_tokens": wish.tokens}
+    for found in on_gpu(find, ready.model, train, val, **how, model=ready.model, seconds=SEARCH, stop=stop):
         if not isinstance(found, Found):
             yield found
             continue

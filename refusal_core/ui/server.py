@@ -25,8 +25,10 @@ from refusal_core.chat_model import ORGANISM, ModelError
 from refusal_core.endpoints import add_endpoints, read_endpoints
 from refusal_core.placement import add_placement, asked_for, read_placement
 from refusal_core.plots import PLOTLY_JS
+from refusal_core.ui import GPUS_ARE_LENT
 from refusal_core.ui.component import ASSETS
 from refusal_core.ui.engine import EMBEDDED, Engine, Engines, Failed, Progress
+from refusal_core.ui.lending import give_back
 from refusal_core.ui.page import build
 from refusal_core.ui.talk import MAX_NEW_TOKENS, Stops
 
@@ -161,7 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    engine.start()
+    if not GPUS_ARE_LENT:
+        engine.start()
     try:
         _, url, shared = page.launch(
             server_name=options.host,
@@ -185,10 +188,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         engines.close()
         return 1
     print(f"The page is at {url}" + (f" and at {shared}" if shared else "") + " (Ctrl-C ends it)", flush=True)
+    if GPUS_ARE_LENT:  # to a page that is up
+        engine.start()
     ended.wait()
     stops.stop_all()
     engines.close()
     page.close(verbose=False)
+    give_back()
     # A thread in the middle of a step, which is native code, would abort an interpreter that winds down: leave without.
     sys.stdout.flush()
     sys.stderr.flush()

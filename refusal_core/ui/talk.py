@@ -22,6 +22,7 @@ from refusal_core.interventions import Intervention, Row
 from refusal_core.metrics import judge, refusal_probability
 from refusal_core.prompts import PromptError, PromptSet
 from refusal_core.ui.engine import CLOSED, Ready, Served
+from refusal_core.ui.lending import GLANCE, REPLY, on_gpu, once_on_gpu
 
 Pane = Literal["unchanged", "removed", "added", "control"]
 PANES: tuple[Pane, ...] = get_args(Pane)
@@ -194,24 +195,27 @@ def talk(
 ) -> Iterator[tuple[tuple[Turn, ...], dict]]:
     """Carries out `ask`: yields the turns and the view of them, at most `UPDATES_PER_SECOND` times a second.
 
-    An error in the prompt leaves the turns as they were, and the view says it in one sentence.
+    An error in the prompt leaves the turns as they were, and the view says it in one sentence; what was said before a model
+    could not go on stays.
     """
     if ask.action in ("undo", "clear"):
         left = turns[:-1] if ask.action == "undo" else ()
         yield left, view(left, ask.run)
         return
+    left = turns
     try:
         earlier, asked = next_turn(turns, ask)
         growing = (
             _served_replies(ready, earlier, asked, ask, stop)
             if isinstance(ready, Served)
-            else _replies(ready, earlier, asked, ask, stop)
+            else on_gpu(_replies, ready.light, earlier, asked, ask, model=ready.model, seconds=REPLY, stop=stop)
         )
         for turn in growing:
             finished = all(reply.ending for reply in turn.replies.values())
+            left = (*earlier, _cut_off(turn))
             yield (*earlier, turn), view((*earlier, turn), ask.run, running=not finished)
     except (PromptError, ModelError) as error:
-        yield turns, view(turns, ask.run, error=str(error))
+        yield left, view(left, ask.run, error=str(error))
 
 
 def next_turn(turns: tuple[Turn, ...], ask: Ask) -> tuple[tuple[Turn, ...], Turn]:
@@ -259,7 +263,12 @@ def _replies(ready: Ready, earlier: Sequence[Turn], turn: Turn, ask: Ask, stop: 
             yield turn
     if step is None:
         # Stopped before the first token: the message is kept.
-        yield replace(turn, replies={p: replace(r, ending="stopped") for p, r in turn.replies.items()})
+        yield _cut_off(turn)
+
+
+def _cut_off(turn: Turn) -> Turn:
+    """The turn with its replies as they are, those that were not at their end as stopped ones."""
+    return replace(turn, replies={pane: replace(r, ending=r.ending or "stopped") for pane, r in turn.replies.items()})
 
 
 def _served_replies(
@@ -286,7 +295,7 @@ def _served_replies(
         if now - shown >= 1 / UPDATES_PER_SECOND and not all(reply.ending for reply in replies.values()):
             shown = now
             yield replace(turn, replies=dict(replies))
-    yield replace(turn, replies={pane: replace(r, ending=r.ending or "stopped") for pane, r in replies.items()})
+    yield _cut_off(replace(turn, replies=replies))
 
 
 def _strengths(ask: Ask) -> dict[Pane, float]:
@@ -365,13 +374,16 @@ def tint(ready: Ready, turns: Sequence[Turn], *, inside: bool) -> dict[Pane, lis
     harmful, harmless = (
         (x[:, at, layer].double() @ direction.unit.double()).mean().item() for x in (found.harmful, found.harmless)
     )
-    readings = read_along(
+    readings = once_on_gpu(
+        read_along,
         ready.model,
         [conversation(turns, pane) for pane in replies],
         direction,
         [reply.ids for reply in replies.values()],
         [_row(ready, pane, reply.strength, reply.writers) if inside else () for pane, reply in replies.items()],
         layers=[layer],
+        model=ready.model,
+        seconds=GLANCE,
     )
     return {
         pane: [
