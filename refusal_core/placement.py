@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import shutil
+import socket
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -39,7 +40,8 @@ ROOM_TO_WORK = 1.15
 FOUR_BIT = 0.5 + 4 / 64
 """Bytes of a weight as NF4: its four bits, and a scale in float32 for every 64 of them."""
 
-FOLDER = "refusal-offload-"
+FOLDER = f"refusal-offload-{socket.gethostname()}-"
+"""What the names of temporary folders begin with; the number of the process that uses one comes next."""
 
 Device = str | torch.device | Mapping[str, str | torch.device]
 """A device, "auto", or module name → device or "disk"."""
