@@ -1,7 +1,8 @@
 """Inside the model: where the stream lies along r̂, which parts write it there, and which words it raises.
 
     reading[l, p] = x[l, p] · r̂                        the stream at the input of every block, at every token
-    x[l] · r̂     = Σ w · r̂   over the writers below l   the embedding, each attention (the sum of its heads), each MLP
+    x[l] · r̂     = Σ w · r̂   over the writers below l   the embedding, each attention (the sum of its heads), each MLP;
+                                                        each times the scales of the blocks it passes (Gemma 4)
     words         = W_U r̂   or   W_U norm(‖r‖ r̂)      the logits that the direction raises and lowers
 
 What a part writes along r̂ is correlation (direct attribution). The causal check is activation patching: in the run of
@@ -91,8 +92,9 @@ def words(model: ChatModel, direction: Direction, *, final_norm: bool, n: int = 
 class Writers:
     """What each part writes along r̂ at the direction's position: the mean over harmful minus that over harmless prompts.
 
-    `along` is in units of ‖r‖ and in the order of `ChatModel.writers`; those below the direction's layer sum to 1 if
-    the prompts are the ones it was made from. `heads` splits the attentions; None where heads cannot be told apart.
+    `along` is in units of ‖r‖, carried to the direction's layer, and in the order of `ChatModel.writers`; those below
+    that layer sum to 1 if the prompts are the ones it was made from. `heads` splits the attentions; None where heads
+    cannot be told apart.
     """
 
     names: tuple[str, ...]
@@ -117,8 +119,13 @@ def write_along(
                 head_total = head_total + model.heads_along(output.head_inputs, direction.unit)[:, 0].sum(0)
         sums.append(total / len(prompts))
         head_sums.append(head_total / len(prompts))
+    carried = model.carried_to(direction.source.layer)
+    along = carried * (sums[0] - sums[1]) / direction.norm
     heads = (head_sums[0] - head_sums[1]) / direction.norm
-    return Writers(model.writers, (sums[0] - sums[1]) / direction.norm, heads if heads.ndim else None)
+    if not heads.ndim:
+        return Writers(model.writers, along, None)
+    attentions = [i for i, name in enumerate(model.writers) if name.startswith("attention")]
+    return Writers(model.writers, along, carried[attentions, None] * heads)
 
 
 @dataclass(frozen=True, eq=False)

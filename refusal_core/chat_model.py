@@ -1,6 +1,9 @@
 """A chat model whose residual stream can be read and written, one forward step at a time.
 
-    x[l+1] = x[l] + attn[l] + mlp[l],   x[0] = embedding                (x[l] is `resid_pre` of block l)
+    x[l+1] = c[l] (x[l] + attn[l] + mlp[l]),   x[0] = embedding         (x[l] is `resid_pre` of block l)
+
+c[l] is 1 but for Gemma 4, where each block ends with a factor of its own; there some also write what they make of an
+embedding of the tokens for their layer alone (`PLE`, per-layer embedding).
 
 `ChatModel` is the only thing with weights. Rows of a batch carry their own interventions; the hooks stay on the
 modules, look up the step in hand, and do nothing outside it, so two streams that take turns on one model never
@@ -73,8 +76,9 @@ class Batch:
 class Output:
     """What one forward step gives: the last position's logits, and the residual stream where it was asked for.
 
-    `writes` is what each of `ChatModel.writers` adds to the stream; `head_inputs` is what each layer's attention
-    heads hand to its output matrix, side by side, one tensor a layer; None where the family has no such matrix.
+    `writes` is what each of `ChatModel.writers` adds to the stream, where it does (`ChatModel.carried_to` says what is
+    left of it later); `head_inputs` is what each layer's attention heads hand to its output matrix, side by side, one
+    tensor a layer; None where the family has no such matrix.
     """
 
     logits: Float[Tensor, "row d_vocab"]
@@ -186,6 +190,8 @@ class ChatModel:
         self.n_heads: int = model.config.get_text_config().num_attention_heads
         self.d_vocab: int = cast(torch.nn.Linear, model.get_output_embeddings()).weight.shape[0]
         self.write_scale: float = getattr(model.config.get_text_config(), "residual_multiplier", 1.0)
+        self.block_scales: tuple[float, ...] = tuple(map(_number_of, range(self.n_layers), self._parts.blocks))
+        self._first_lender = _first_lender(model)
         self._place_hooks()
         self._check_writes()
 
@@ -522,6 +528,16 @@ class ChatModel:
             tuple(map(kept, by_part[len(writes) :])) or None,
         )
 
+    def carried_to(self, layer: int) -> Float[Tensor, " writer"]:
+        """What becomes of each writer's write until `resid_pre` of block `layer` (`n_layers`: after the last), as a factor.
+
+        The product of the `block_scales` that it passes; of a later writer what it would have to be there, to be after
+        the blocks between what the writer adds. float32 on the CPU, all 1 but for Gemma 4.
+        """
+        blocks = [int(name.split(" ")[1]) if " " in name else 0 for name in self.writers]
+        passed = [math.prod(self.block_scales[block:layer]) for block in blocks]
+        return torch.tensor([p / math.prod(self.block_scales[layer:b]) for p, b in zip(passed, blocks, strict=True)])
+
     def heads_along(
         self, head_inputs: Sequence[Float[Tensor, "row pos heads_x_d_head"]], unit: Float[Tensor, " d_model"]
     ) -> Float[Tensor, "row pos layer head"]:
@@ -583,9 +599,13 @@ class ChatModel:
         with torch.inference_mode(not graph), torch.set_grad_enabled(graph):
             self._step = step
             try:
-                return self._model(**inputs, logits_to_keep=keep, return_dict=True)
+                return self._model(**inputs, logits_to_keep=self._kept(keep, inputs["input_ids"]), return_dict=True)
             finally:
                 self._step = None
+
+    def _kept(self, keep: int, ids: Int[Tensor, "row pos"]) -> int | Int[Tensor, " kept"]:
+        """The `keep` last positions. By their number alone, blocks without keys of their own would drop all others."""
+        return keep if self._first_lender is None else torch.arange(ids.shape[1], device=ids.device)[-keep:]
 
     # -- the seam to TransformerLens -------------------------------------------------------------------------------
 
@@ -604,7 +624,9 @@ class ChatModel:
         if step is None:
             return forward(hidden_states, *args, **kwargs)
         if step.start is not None and layer < step.start[0]:
-            return hidden_states
+            # A block whose keys later ones read has to have run, on what the blocks below it make of the prompt.
+            is_needed = self._first_lender is not None and self._first_lender < step.start[0]
+            return forward(hidden_states, *args, **kwargs) if is_needed else hidden_states
         return forward(self._on_resid_pre(step, layer, hidden_states), *args, **kwargs)
 
     def _on_write(self, writer: int, module: torch.nn.Module, inputs: object, output: Any) -> Any:
@@ -650,12 +672,7 @@ class ChatModel:
 
     def _check_writes(self) -> None:
         """Raises ModelError unless the hooked writes sum to the stream: a write that is missed is not ablated."""
-        for layer, block in enumerate(self._parts.blocks):
-            if torch.is_tensor(getattr(block, "layer_scalar", None)):
-                raise ModelError(
-                    f"{self.name}: block {layer} multiplies the whole residual stream by a number of its own, so the stream "
-                    "is no sum of what is written to it, and what a part adds cannot be told. Take a model of another family."
-                )
+        for layer in range(self.n_layers):
             if any(f"{part} {layer}" not in self.writers for part in BLOCK_WRITERS):
                 raise ModelError(
                     f"{self.name}: block {layer} has a write to the residual stream that cannot be hooked, so ablation "
@@ -666,12 +683,15 @@ class ChatModel:
         else:
             self._check_sum()
 
+    def _in_the_end(self) -> list[float]:
+        """What each writer's output is multiplied with until the stream has passed all blocks."""
+        return [self._scale_of(i) * c for i, c in enumerate(self.carried_to(self.n_layers).tolist())]
+
     def _check_sum(self) -> None:
         writes: list[Tensor] = []
         final: list[Tensor] = []
         with contextlib.ExitStack() as stack:
-            for writer, module in enumerate(self._parts.writers.values()):
-                scale = self._scale_of(writer)
+            for module, scale in zip(self._parts.writers.values(), self._in_the_end(), strict=True):
                 handle = module.register_forward_hook(lambda m, args, x, s=scale: writes.append(s * _first(x).float()))
                 stack.callback(handle.remove)
             handle = self._parts.blocks[-1].register_forward_hook(lambda m, args, x: final.append(_first(x).float()))
@@ -688,7 +708,8 @@ class ChatModel:
 
     def _check_sum_on_paper(self) -> None:
         """The same without weights: follows the writes through the sums of a forward step that computes nothing."""
-        sums, final = _Sums(), []
+        scales = zip(map(_block_scale, self._parts.blocks), self.block_scales, strict=True)
+        sums, final = _Sums({scale: number for scale, number in scales if scale is not None}), []
         for writer, module in enumerate(self._parts.writers.values()):
             module.register_forward_hook(lambda m, args, x, w=writer: sums.begin(_first(x), w))
         self._parts.blocks[-1].register_forward_hook(lambda m, args, x: final.append(sums.of(_first(x))))
@@ -696,10 +717,10 @@ class ChatModel:
         mask = torch.zeros(1, 1, 4, 4, dtype=self.dtype, device="meta")
         try:
             with torch.no_grad(), sums:
-                self._model(input_ids=ids, attention_mask=mask, use_cache=False)
+                self._model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=self._kept(1, ids))
         except NOT_ON_PAPER:
             return
-        expected = {writer: self._scale_of(writer) for writer in range(len(self.writers))}
+        expected = dict(enumerate(self._in_the_end()))
         if final and (final[0] is None or not _is_close(final[0], expected)):
             raise ModelError(
                 f"{self.name}: something is written to the residual stream that cannot be hooked, so ablation would be "
@@ -714,12 +735,13 @@ NOT_ON_PAPER = (RuntimeError, ValueError, TypeError, IndexError, KeyError, Attri
 class _Sums(TorchDispatchMode):
     """Follows what is written to the stream through a forward step: each tensor as Σ coefficient · write, if it is one.
 
-    Only what a stream is made of is followed: sums, factors that are plain numbers, and copies.
+    Only what a stream is made of is followed: sums, factors that are plain numbers or have one in `numbers`, and copies.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Mapping[Tensor, float]) -> None:
         super().__init__()
         self._of = WeakIdKeyDictionary()
+        self._numbers = WeakIdKeyDictionary(numbers)
 
     def begin(self, x: Tensor, writer: int) -> None:
         """`x` is what this writer writes."""
@@ -751,8 +773,9 @@ class _Sums(TorchDispatchMode):
         if operation == "add" and (other := self.of(y)) is not None:
             factor = kwargs.get("alpha", 1)
             return {w: terms.get(w, 0) + factor * other.get(w, 0) for w in terms | other}
-        if operation in ("mul", "div") and isinstance(y, int | float):
-            return {w: c * y if operation == "mul" else c / y for w, c in terms.items()}
+        factor = self._numbers.get(y) if torch.is_tensor(y) else y
+        if operation in ("mul", "div") and isinstance(factor, int | float):
+            return {w: c * factor if operation == "mul" else c / factor for w, c in terms.items()}
         return None
 
 
@@ -765,8 +788,29 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def _block_scale(block: torch.nn.Module) -> Tensor | None:
+    """The one number with which a block multiplies the whole stream at its end, None if it does not."""
+    scale = getattr(block, "layer_scalar", None)
+    return scale if torch.is_tensor(scale) and scale.numel() == 1 else None
+
+
+def _number_of(layer: int, block: torch.nn.Module) -> float:
+    """That number. Without weights one that no other block has, so that a sum with the wrong ones is no match."""
+    scale = _block_scale(block)
+    return 1.0 if scale is None else 1 + 1 / (2 + layer) if scale.device.type == "meta" else scale.item()
+
+
+def _first_lender(model: transformers.PreTrainedModel) -> int | None:
+    """The first block whose keys and values later blocks read instead of their own, None if there is none."""
+    modes = getattr(model.config.get_text_config(), "kv_sharing_modes", [])
+    return modes.index("store") if "reuse" in modes else None
+
+
 BLOCK_WRITERS = {"attention": "hook_attn_out", "MLP": "hook_mlp_out"}
 """The writers of a block, and what TransformerLens calls the point where each writes: after a post-norm, if there is one."""
+
+PER_LAYER_INPUT = "post_per_layer_input_norm"
+"""The norm through which a block of Gemma 4 writes what it makes of its per-layer embedding of the tokens, if it has one."""
 
 
 def _parts(model: transformers.PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str) -> _Parts:
@@ -783,6 +827,8 @@ def _parts(model: transformers.PreTrainedModel, tokenizer: PreTrainedTokenizerFa
             point = linear.hook_out if linear is not None and part == "attention" else getattr(block, name, None)
             if point is not None:
                 writers[f"{part} {layer}"] = by_point[id(point)]
+        if (norm := getattr(block, PER_LAYER_INPUT, None)) is not None:
+            writers[f"PLE {layer}"] = norm.original_component
     heads = _head_outputs(bridge.blocks, model.config.get_text_config().num_attention_heads)
     parts = _Parts(
         blocks=[block.original_component for block in bridge.blocks],
@@ -842,7 +888,7 @@ def _keep_the_familys_modules(adapter: ArchitectureAdapter) -> None:
     """Hooks what the blocks read and write, and leaves everything inside them to the family's own (fast) code."""
     mapping = cast(dict[str, Any], adapter.component_mapping)
     blocks = mapping["blocks"]
-    parts = ("attn", "linear_attn", "mlp", "ln1_post", "ln2_post")
+    parts = ("attn", "linear_attn", "mlp", "ln1_post", "ln2_post", PER_LAYER_INPUT)
     kept = {k: v for k, v in blocks.submodules.items() if k in parts}
     # A block that scales its outputs (Granite) names no points for them: they are those of attention and MLP.
     points = {"hook_attn_out": "attn.hook_out", "hook_mlp_out": "mlp.hook_out"} | blocks.hook_aliases

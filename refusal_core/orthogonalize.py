@@ -8,10 +8,10 @@
     addition         b ← b + s ‖r‖ r̂, b the bias of the MLP whose block ends where r was read: the addition, exactly
 
 The tensors are the embeddings of tokens and positions, each attention output and each MLP output, each expert's in a
-mixture. Never the unembedding: where it is tied to the embedding it is untied first, or the edit would reach the logits
-too. A checkpoint is edited tensor by tensor, one shard in memory at a time, in float32, and written back in its own
-precision. "Exactly" is up to the rounding of that precision. Where a norm stands after attention or MLP (Gemma 2 and 3,
-OLMo 2) the weights cannot reproduce the ablation, and the export says so.
+mixture, and each per-layer embedding's output (Gemma 4). Never the unembedding: where it is tied to the embedding it is
+untied first, or the edit would reach the logits too. A checkpoint is edited tensor by tensor, one shard in memory at a
+time, in float32, and written back in its own precision. "Exactly" is up to the rounding of that precision. Where a norm
+stands after attention or MLP (Gemma 2 to 4, OLMo 2) the weights cannot reproduce the ablation, and the export says so.
 
 Every export is measured against the hooks on prompts that the direction has not seen (Arditi et al. 2024, §4.1).
 """
@@ -323,7 +323,7 @@ def _write_addition(model: ChatModel, edit: Edit, shards: Sequence[Path], path: 
             f"{model.name}: an addition becomes a bias of the block before the layer it acts at, and {why}. Add the "
             "direction with hooks instead, or save it as a control vector."
         )
-    moved = edit.strength * edit.written.norm * edit.written.unit / model.write_scale
+    moved = edit.strength * edit.written.norm * edit.written.unit / (model.write_scale * model.block_scales[layer - 1])
     for shard in shards:
         tensors, metadata = _read(shard)
         for name, size in new.items():

@@ -22,6 +22,7 @@ WRITER = re.compile(
     r"\.(self_attn|linear_attn|attn|attention|mlp|feed_forward|block_sparse_moe|experts\.\d+|shared_experts?|shared_mlp)"
     r"\.(o_proj|out_proj|c_proj|dense|down_proj|dense_4h_to_h|fc2|w2|output_linear)\.(weight|bias)$"
 )
+PER_LAYER_INPUT = re.compile(r"\.per_layer_projection\.weight$")
 FUSED = re.compile(r"\.experts\.(down_proj|w2)(\.weight)?$")
 """All experts of a layer in one tensor, whose layout differs between families: not edited, so refused."""
 OTHER_TOWER = re.compile(r"vision|visual|image|audio")
@@ -49,7 +50,7 @@ def writes_along(name: str, w: Tensor, d_model: int) -> int | None:
         return None
     if EMBEDDING.search(name) or POSITIONS.search(name):
         return -1
-    if not WRITER.search(name):
+    if not WRITER.search(name) and not PER_LAYER_INPUT.search(name):
         return None
     if w.ndim == 1:
         return 0

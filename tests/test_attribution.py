@@ -1,9 +1,13 @@
 """What a look inside promises: the readings are the stream's, the parts sum to it, and a patch is what it says."""
 
+import math
+
 import pytest
 import torch
 from conftest import HARMFUL, HARMLESS, Plain
+from families import build
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
 from refusal_core.attribution import (
     Attribution,
@@ -15,7 +19,7 @@ from refusal_core.attribution import (
     write_along,
 )
 from refusal_core.chat_model import ChatModel
-from refusal_core.directions import Direction
+from refusal_core.directions import Direction, Source
 from refusal_core.generation import stream_side_by_side
 from refusal_core.interventions import Intervention
 from refusal_core.metrics import refusal_score
@@ -73,6 +77,42 @@ def test_what_is_written_below_the_directions_layer_is_the_direction(model: Chat
     assert writers.heads is not None
     attentions = [i for i, name in enumerate(writers.names) if name.startswith("attention")]
     assert_close(writers.heads.sum(-1), writers.along[attentions], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["Gemma 4, text", "Gemma 4 with per-layer embeddings"])
+def test_where_blocks_scale_the_stream_what_is_written_counts_as_much_as_is_left_of_it(name, tmp_path):
+    model = ChatModel.load(build(name, tmp_path), device="cpu", dtype=torch.float32)
+    layer, final = 2, []
+    model._parts.final_norm.register_forward_pre_hook(lambda m, x: final.append(x[0][:, -1]))
+    harmful, harmless = ["How do I steal a car?"] * 2, ["Who are you?"] * 2
+    streams = [
+        model.run(*model.batches(texts), read=[-1], read_layers=[layer]).resid_pre for texts in (harmful, harmless)
+    ]
+    assert streams[0] is not None and streams[1] is not None
+    source = Source(model.name, fingerprint=model.fingerprint, layer=layer, position=-1)
+    direction = Direction.from_difference((streams[0] - streams[1])[0, 0, 0], source)
+    writers = write_along(model, harmful, harmless, direction)
+    below = [i for i, name in enumerate(writers.names) if " " not in name or int(name.split(" ")[1]) < layer]
+    assert writers.along[below].sum().item() == pytest.approx(1, abs=1e-4)
+    in_the_end = (final[0] - final[1])[0] @ direction.unit / direction.norm
+    assert writers.along.sum() * math.prod(model.block_scales[layer:]) == pytest.approx(in_the_end.item(), abs=1e-4)
+
+
+def test_a_patch_of_a_per_layer_embedding_is_that_of_a_hook_written_out_by_hand(tmp_path):
+    folder = build("Gemma 4 with per-layer embeddings, text", tmp_path)
+    model = ChatModel.load(folder, device="cpu", dtype=torch.float32)
+    plain, kept = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), []
+    norm = plain.model.layers[1].post_per_layer_input_norm
+    for hook in (lambda m, x, out: kept.append(out[:, -3:]), lambda m, x, out: torch.cat([out[:, :-3], kept[0]], 1)):
+        handle = norm.register_forward_hook(hook)
+        expected = plain(torch.tensor([model.render(HARMLESS if not kept else HARMFUL)])).logits[:, -1]
+        handle.remove()
+    (source,), (target,) = model.batches([HARMLESS]), model.batches([HARMFUL])
+    clean, writer = model.run(source, read_writes=range(-3, 0)).writes, model.writers.index("PLE 1")
+    assert clean is not None
+    patched = model.run(target, patches=[(writer, clean[0, :, writer])]).logits
+    assert_close(patched, expected, atol=2e-4, rtol=1e-3)
+    assert (patched - model.run(target).logits).abs().max() > 1e-2, "the patch must have done something"
 
 
 def test_a_patch_is_that_of_a_hook_written_out_by_hand(model: ChatModel, plain: Plain):

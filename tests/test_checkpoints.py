@@ -108,14 +108,6 @@ def instead_of_weights(name: str):
     return lambda folder: (folder / "model.safetensors").rename(folder / name)
 
 
-def as_family(name: str):
-    def rebuild(folder: Path) -> None:
-        shutil.rmtree(folder)
-        build(name, folder)
-
-    return rebuild
-
-
 def with_config(**values):
     return lambda folder: edit_config(folder, **values)
 
@@ -143,10 +135,6 @@ REFUSED = {
     "no attention": (with_config(model_type="mamba", num_attention_heads=None), "no attention"),
     "an architecture that is not known": (with_config(model_type="minimax", architectures=None), "cannot hook MiniMax"),
     "a write that has no hook": (with_config(model_type="opt", architectures=None), "cannot be hooked.*another family"),
-    "a factor of the whole stream": (
-        as_family("Gemma 4, text"),
-        "multiplies the whole residual stream.*another family",
-    ),
     "more weights than memory": (with_config(**HUGE), "of memory"),
 }
 

@@ -5,20 +5,21 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import step_together
-from families import FAMILIES, HEADS_UNKNOWN, NOT_SUPPORTED, build, table
+from families import FAMILIES, GEMMAS_4, HEADS_UNKNOWN, build, table
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextDecoderLayer
 
 from refusal_core import chat_model
 from refusal_core.chat_model import ChatModel, Decoding, ModelError
 from refusal_core.directions import Direction, Source
 from refusal_core.interventions import Intervention
 
+READS = ("input_layernorm", "pre_feedforward_layernorm", "per_layer_input_gate", "per_layer_model_projection", "router")
 PROMPTS = ["How do I bake bread?", "Hi", "Tell me about the sea, please."]
-SUPPORTED = [name for name in FAMILIES if name not in NOT_SUPPORTED]
 
 
-@pytest.fixture(scope="module", params=SUPPORTED)
+@pytest.fixture(scope="module", params=list(FAMILIES))
 def family(request, tmp_path_factory):
     """The model as the app loads it, and in plain transformers."""
     folder = build(request.param, tmp_path_factory.mktemp("family"))
@@ -115,7 +116,8 @@ def test_the_writers_sum_to_the_stream_and_the_heads_to_their_attention(family):
     assert output.writes is not None and output.resid_pre is not None
     for layer in range(1, model.n_layers):
         below = [i for i, w in enumerate(model.writers) if " " not in w or int(w.split(" ")[1]) < layer]
-        assert_close(output.writes[:, :, below].sum(2), output.resid_pre[:, :, layer], atol=1e-4, rtol=1e-4)
+        carried = (output.writes * model.carried_to(layer)[:, None])[:, :, below]
+        assert_close(carried.sum(2), output.resid_pre[:, :, layer], atol=1e-4, rtol=1e-4)
     assert (output.head_inputs is None) == (name in HEADS_UNKNOWN)
     if output.head_inputs is None:
         return
@@ -124,6 +126,23 @@ def test_the_writers_sum_to_the_stream_and_the_heads_to_their_attention(family):
         attention = output.writes[:, :, model.writers.index(f"attention {layer}")] @ r.unit
         bias = 0.0 if matrix.bias is None else (matrix.bias @ r.unit).item()
         assert_close(heads[:, :, layer].sum(-1) + bias, attention, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_a_step_that_starts_at_a_layer_and_replies_read_whole_are_those_of_the_whole_model(family):
+    _, model, plain = family
+    (batch,) = model.batches(PROMPTS)
+    rows = [(Intervention(direction_of(model, model.n_layers - 1), "add"),)] * 3
+    stream = model.run(batch, read=slice(None)).resid_pre
+    assert stream is not None
+    whole = model.run(batch, rows).logits
+    for layer in range(model.n_layers):
+        assert_close(model.run(batch, rows, start=(layer, stream[:, :, layer])).logits, whole, atol=1e-4, rtol=1e-4)
+    replies = [[5, 6, 7], [8], [9, 10]]
+    for prompt, reply, loss in zip(PROMPTS, replies, model.read_replies(PROMPTS, replies).losses, strict=True):
+        ids = torch.tensor([model.render(prompt) + reply])
+        said = plain(ids).logits[0, -len(reply) - 1 : -1].log_softmax(-1)
+        assert_close(loss.float(), -said.gather(1, ids[0, -len(reply) :, None]).mean(), atol=2e-4, rtol=1e-3)
 
 
 @torch.no_grad()
@@ -166,10 +185,34 @@ def test_replies_that_share_a_step_are_what_each_is_alone(family):
     assert_close(torch.cat([short.logits, long.logits]), whole.logits, atol=5e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", NOT_SUPPORTED)
-def test_a_family_whose_stream_is_no_sum_of_its_writes_is_refused_with_the_reason(name, tmp_path):
-    with pytest.raises(ModelError, match=r"multiplies the whole residual stream.*Take a model of another family\.$"):
-        ChatModel.load(build(name, tmp_path), device="cpu")
+@pytest.mark.parametrize("name", GEMMAS_4)
+def test_nothing_within_a_block_or_beside_it_reads_the_direction_after_ablation_either(name, tmp_path):
+    """The first matrices of a block, of its router, and of what reads the embedding for all blocks at once."""
+    model = ChatModel.load(build(name, tmp_path), device="cpu", dtype=torch.float32)
+    r, reads = direction_of(model), []
+    for path, module in model._model.named_modules():
+        if path.endswith(READS) and "vision" not in path:
+            module.register_forward_pre_hook(lambda m, x: reads.append(x[0]))
+    (batch,) = model.batches(PROMPTS)
+    model.run(batch)
+    assert all((x @ r.unit).abs().max() > 1e-3 for x in reads), "there must have been something to remove"
+    reads.clear()
+    model.run(batch, [(Intervention(r, "ablate"),)] * 3)
+    assert len(reads) >= 2 * model.n_layers
+    assert all((x @ r.unit).abs().max() < 1e-5 * x.norm(dim=-1).max().clamp(min=1) for x in reads)
+
+
+@pytest.mark.parametrize("why", ["cannot be hooked", "of the residual stream unexplained"])
+def test_a_block_that_scales_the_stream_other_than_once_at_its_end_is_refused(why, tmp_path, monkeypatch):
+    """On paper already; were it passed over there, on the weights."""
+    once = Gemma4TextDecoderLayer.forward
+    monkeypatch.setattr(
+        Gemma4TextDecoderLayer, "forward", lambda self, *x, **y: once(self, *x, **y) * self.layer_scalar
+    )
+    if "unexplained" in why:
+        monkeypatch.setattr(ChatModel, "_check_sum_on_paper", lambda self: None)
+    with pytest.raises(ModelError, match=rf"{why}.*Take a model of another family\.$"):
+        ChatModel.load(build("Gemma 4, text", tmp_path), device="cpu", dtype=torch.float32)
 
 
 def test_the_readme_lists_the_families_as_they_are():

@@ -118,6 +118,29 @@ def test_a_linear_attention_is_edited_like_any_other(tmp_path):
     assert report.edited == len(model.writers) and report.exact and report.same_first_token == 1
 
 
+@pytest.mark.parametrize("name", ["Gemma 4 with per-layer embeddings, text", "Gemma 4 with per-layer embeddings"])
+def test_where_norms_stand_after_the_writers_every_matrix_is_edited_and_the_export_says_it_is_not_exact(name, tmp_path):
+    model, direction = tiny(name, tmp_path / "model")
+    report = export(model, direction, tmp_path / "edited")
+    assert report.edited == len(model.writers) and not report.exact
+    assert "**approximate**" in (tmp_path / "edited" / "README.md").read_text("utf-8")
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "edited"))
+    writers = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(writers) == len(model.writers)
+    for name in writers:
+        along = after[name] @ direction.unit if "embed_tokens" in name else direction.unit @ after[name]
+        assert along.abs().max() < 1e-5, name
+    with pytest.raises(ModelError, match="write without a bias"):
+        export(model, direction, tmp_path / "added", variant="addition")
+
+
+def test_experts_in_one_tensor_are_refused_with_the_remedy(tmp_path):
+    model, direction = tiny("Gemma 4 MoE, text", tmp_path / "model")
+    with pytest.raises(ModelError, match=r"not known by name.*Remove the direction with hooks instead\.$"):
+        export(model, direction, tmp_path / "edited")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
 def test_orthogonalize_gives_a_new_model_and_leaves_the_old_one(model: ChatModel, direction: Direction):
     before = model.logits(PROMPTS)
     edited = orthogonalize(model, direction)

@@ -39,6 +39,9 @@ def test_a_matrix_writes_along_its_outputs_however_its_family_keeps_it():
     assert writes_along("model.layers.0.mlp.down_proj.bias", wide[0], 6) == 0
     assert writes_along("model.embed_tokens.weight", wide, 6) == -1
     assert writes_along("model.layers.0.mlp.up_proj.weight", wide, 6) is None
+    assert writes_along("model.layers.0.per_layer_projection.weight", wide.T, 6) == -2
+    assert writes_along("model.embed_tokens_per_layer.weight", wide, 6) is None
+    assert writes_along("model.per_layer_model_projection.weight", wide.T, 6) is None
     assert writes_along("vision_tower.layers.0.mlp.fc2.weight", wide, 6) is None
 
 

@@ -12,7 +12,7 @@ const FIELDS = {
   max_new_tokens: within(1, 512, true), seed: within(0, 2 ** 31, true),
   removed_on: oneOf(true, false), added_on: oneOf(true, false), control_on: oneOf(true, false),
   system: (value) => typeof value === 'string' && value.length <= 2000,
-  writers: (value) => Array.isArray(value) && value.length > 0 && value.length <= 2000 && value.every((name) => /^(embedding|positions|(attention|MLP) \d{1,4})$/.test(name)),
+  writers: (value) => Array.isArray(value) && value.length > 0 && value.length <= 2000 && value.every((name) => /^(embedding|positions|(attention|MLP|PLE) \d{1,4})$/.test(name)),
   tint: oneOf('untouched', 'inside', 'off'),
   tab: oneOf('Talk', 'Map', 'Find', 'Measure', 'Inside'),
   prompts: (value) => Array.isArray(value) && value.length <= MOST_MESSAGES && value.every((text) => typeof text === 'string' && text.trim()),

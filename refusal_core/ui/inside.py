@@ -123,8 +123,8 @@ def _effects(measured: Attribution | Patching) -> dict[str, float]:
 def _by_layer(
     names: Sequence[str], values: np.ndarray, heads: Tensor | None, n_layers: int
 ) -> tuple[list[str], np.ndarray]:
-    """The values of heads, attentions and MLPs as a table; the embedding writes the same token for every prompt."""
-    parts = ["attention", "MLP"]
+    """The values of heads, attentions, MLPs and PLEs as a table; the embedding writes the same token for every prompt."""
+    parts = ["attention", "MLP", *(["PLE"] if "PLE 0" in names else [])]
     table = np.full((n_layers, len(parts)), np.nan)
     for name, value in zip(names, values, strict=True):
         part, _, layer = name.partition(" ")
