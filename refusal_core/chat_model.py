@@ -234,15 +234,22 @@ class ChatModel:
         checkpoints.fetch(checkpoint)
         with contextlib.ExitStack() as stack:
             told = stack.enter_context(placement.offload_folder(told))
-            model = cls(
-                checkpoints.read_weights(checkpoint, placed.dtype, **told).eval(),
-                checkpoint.tokenizer,
-                name=name,
-                revision=checkpoint.revision,
-                fingerprint=checkpoints.fingerprint(folder),
-                folder=folder,
-                placed=placed,
-            )
+            try:
+                model = cls(
+                    checkpoints.read_weights(checkpoint, placed.dtype, **told).eval(),
+                    checkpoint.tokenizer,
+                    name=name,
+                    revision=checkpoint.revision,
+                    fingerprint=checkpoints.fingerprint(folder),
+                    folder=folder,
+                    placed=placed,
+                )
+            except RuntimeError as error:
+                if "meta" not in str(error):
+                    raise
+                raise ModelError(
+                    f"{name} reads weights past their modules, which are on the disk: leave its embedding on a device."
+                ) from error
             weakref.finalize(model, stack.pop_all().close)  # what is on the disk is there as long as the model
         return model
 
