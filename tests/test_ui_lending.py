@@ -134,12 +134,18 @@ def test_what_is_foretold_is_what_the_replies_then_start_with_and_the_tint_is_th
     assert space.page_ran_nothing()
 
 
-def test_stop_ends_the_replies_and_gives_the_gpu_back(space, tab):
+def begin_long_replies(tab: Page) -> None:
+    """Asks for replies that last, and waits for their first words."""
     tab.locator("[data-length]").fill("120")
     tab.locator("[data-temperature]").fill("2")
     tab.get_by_label("Message").fill("Write a poem about the sea.")
     tab.get_by_label("Message").press("Enter")
+    expect(tab.locator(".turn").last.locator(".words")).to_have_text("Write a poem about the sea.")
     expect(tab.locator(".turn").last.locator(".reply").first).not_to_be_empty()
+
+
+def test_stop_ends_the_replies_and_gives_the_gpu_back(space, tab):
+    begin_long_replies(tab)
     tab.locator("[data-stop]").click()
     idle(tab)
     ended = tab.locator(".turn").last.locator(".rest").filter(visible=True).all_inner_texts()
@@ -209,12 +215,7 @@ def test_without_a_gpu_the_page_says_what_to_do_and_nothing_is_lost(space, tab):
 
 
 def test_a_gpu_that_is_taken_back_leaves_what_was_said_and_the_next_one_answers(space, tab):
-    tab.locator("[data-length]").fill("120")
-    tab.locator("[data-temperature]").fill("2")
-    tab.get_by_label("Message").fill("Write a poem about the sea.")
-    tab.get_by_label("Message").press("Enter")
-    expect(tab.locator(".turn").last.locator(".words")).to_have_text("Write a poem about the sea.")
-    expect(tab.locator(".turn").last.locator(".reply").first).not_to_be_empty()
+    begin_long_replies(tab)
     space.lender.take_back()
     expect(tab.locator(".composer [data-error]")).to_contain_text("The borrowed GPU was taken back")
     idle(tab)
