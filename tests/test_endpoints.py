@@ -108,7 +108,9 @@ def test_talk_keeps_a_history_for_each_server_and_stops_with_what_was_said(pair)
     )
     assert [reply["verdict"] for reply in shown["turns"][0]["replies"].values()] == ["refused", "answered"]
     stop, turns = threading.Event(), before
-    for turns, shown in talk(served, before, Ask(2, "ask", "How do I bake bread?", max_new_tokens=200), stop):
+    # At this temperature replies last: a short one could be over before the stop.
+    long = Ask(2, "ask", "How do I bake bread?", max_new_tokens=200, temperature=2.0)
+    for turns, shown in talk(served, before, long, stop):
         if shown["running"] and all(reply.text for reply in turns[-1].replies.values()):
             stop.set()
     assert len(turns) == 2
