@@ -617,6 +617,14 @@ def test_the_last_message_can_be_taken_back_and_changed(tab):
     expect(tab.locator(".turn .words")).to_have_text(["Who are you?", "How do I bake a cake?"])
 
 
+def test_what_is_taken_back_stands_before_what_was_being_written(tab):
+    ask(tab, "Who are you?")
+    tab.get_by_label("Message").fill("And why?")
+    tab.get_by_role("button", name="Edit").click()
+    expect(tab.locator(".turn")).to_have_count(0)
+    expect(tab.get_by_label("Message")).to_have_value("Who are you?\nAnd why?")
+
+
 def test_a_conversation_is_saved_with_its_settings_and_as_text(tab, chromium):
     hostile = "<img src=x onerror='window.hit = 1'> & <b>bold</b>"
     ask(tab, hostile)

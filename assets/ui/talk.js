@@ -676,7 +676,7 @@ function bind() {
   stop.addEventListener('click', () => { [waiting, script] = [null, []]; halt(); });
   find('[data-retry]').addEventListener('click', () => { seed += 1; again(); });
   find('[data-edit]').addEventListener('click', () => {
-    if (!prompt.value.trim()) prompt.value = drawn.turns[drawn.turns.length - 1].prompt;
+    prompt.value = [drawn.turns[drawn.turns.length - 1].prompt, prompt.value].filter((text) => text.trim()).join('\n');
     grow();
     prompt.focus();
     request('undo');
