@@ -495,6 +495,15 @@ def test_stop_ends_the_replies_at_once_and_keeps_the_message(tab):
     assert all(replies(tab))
 
 
+def test_a_double_click_on_ask_asks_and_does_not_stop(tab):
+    set_dial(tab, "addition", 0)
+    tab.get_by_label("Message").fill("Write a poem about the sea.")
+    tab.get_by_role("button", name="Ask", exact=True).dblclick()
+    expect(tab.locator(".turn .words").last).to_have_text("Write a poem about the sea.")
+    idle(tab)
+    expect(tab.locator(".turn").last.locator(".rest").first).not_to_contain_text("stopped")
+
+
 def test_a_message_sent_while_replies_run_is_asked_next_and_once(tab):
     tab.evaluate(
         """() => { const message = document.querySelector('[data-prompt]');

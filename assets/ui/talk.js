@@ -673,7 +673,11 @@ function bind() {
     submit.preventDefault();
     ask('ask', prompt.value);
   });
-  stop.addEventListener('click', () => { [waiting, script] = [null, []]; halt(); });
+  stop.addEventListener('click', (click) => {
+    if (click.detail === 2) return; // the second half of a double click on Ask, which stood here
+    [waiting, script] = [null, []];
+    halt();
+  });
   find('[data-retry]').addEventListener('click', () => { seed += 1; again(); });
   find('[data-edit]').addEventListener('click', () => {
     prompt.value = [drawn.turns[drawn.turns.length - 1].prompt, prompt.value].filter((text) => text.trim()).join('\n');
