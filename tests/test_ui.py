@@ -732,6 +732,20 @@ def test_the_page_can_be_used_with_the_keyboard_alone(tab):
     expect(tab.locator("[data-layer]")).to_be_visible()
 
 
+def test_the_focus_stays_where_the_work_is(tab):
+    tab.get_by_label("Message").fill("Who are you?")
+    for name in ("Ask", "Retry"):
+        button = tab.get_by_role("button", name=name, exact=True)
+        button.focus()
+        tab.keyboard.press("Enter")
+        idle(tab)
+        expect(button).to_be_focused()
+    tab.get_by_role("button", name="Clear").focus()
+    tab.keyboard.press("Enter")
+    expect(tab.locator(".turn")).to_have_count(0)
+    expect(tab.get_by_label("Message")).to_be_focused()
+
+
 def test_two_visitors_do_not_see_each_others_conversations_or_strengths(chromium, app):
     tabs = [open_tab(chromium, app)[0] for _ in range(2)]
     for tab in tabs:

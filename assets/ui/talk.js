@@ -11,6 +11,7 @@ const stop = find('[data-stop]');
 
 let run = 0; // number of the run on screen; older ones are not drawn
 let running = false;
+let started = document.body; // what had the focus when the replies were asked for
 let waiting = null; // a request that waits for the run on screen to end
 let sent = null; // the message that is to leave the composer once it is accepted
 let seed = 0;
@@ -98,7 +99,9 @@ function again() {
   if (turns) request('again');
 }
 
+/** The focus goes with the work: what it was on can neither be pressed meanwhile nor hold it. */
 function setRunning(now) {
+  const held = document.activeElement;
   running = now;
   send.hidden = now;
   stop.hidden = !now;
@@ -107,6 +110,14 @@ function setRunning(now) {
   find('[data-edit]').disabled = now || !turns;
   find('[data-clear]').disabled = !turns;
   all('[data-save]').forEach((button) => { button.disabled = now || !turns; });
+  if (now) started = held;
+  if (now && [send, find('[data-retry]')].includes(held)) {
+    stop.focus();
+  } else if (!now && held === stop) {
+    started.focus();
+  } else if (!turns && held === find('[data-clear]')) {
+    prompt.focus();
+  }
 }
 
 // -- drawing ------------------------------------------------------------------------------------------------------
