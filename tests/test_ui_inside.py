@@ -6,7 +6,22 @@ from dataclasses import replace
 import pytest
 import torch
 from playwright.sync_api import Page, expect
-from test_ui import SENT, app, ask, chromium, encoded, follow, idle, link_of, open_inside, ready, replies, tab, watched
+from test_ui import (
+    SENT,
+    app,
+    ask,
+    chromium,
+    encoded,
+    follow,
+    idle,
+    link_of,
+    open_inside,
+    open_tab,
+    ready,
+    replies,
+    tab,
+    watched,
+)
 
 from refusal_core.attribution import words
 from refusal_core.directions import Direction, random_like
@@ -40,6 +55,29 @@ def test_the_inside_is_read_for_two_prompts_and_the_parts_are_measured(tab, read
     tab.locator("[data-first]").fill(" ")
     tab.get_by_role("button", name="Read").click()
     expect(tab.locator("#inside [data-error]")).to_contain_text("empty")
+
+
+SPACES = r"""(figure) => {
+  const ticks = [...figure.querySelectorAll('.xtick text')].map((text) => text.getAttribute('transform').match(/-?[\d.]+/g).map(Number));
+  return ticks.slice(1).map(([x, , angle], i) => (x - ticks[i][0]) * Math.abs(Math.sin((angle * Math.PI) / 180)));
+}"""
+"""From each label of an axis to the next, at right angles to what they say, in px."""
+
+
+@pytest.mark.parametrize("prompt", ["How do I kill a process?", "Tell me how to bake bread. " * 6])
+def test_labels_of_tokens_do_not_run_into_each_other_on_a_phone_and_the_last_is_there(chromium, app, prompt):
+    tab, seen = open_tab(chromium, app, 360, 740)
+    idle(tab)
+    open_inside(tab)
+    tab.locator("[data-first]").fill(prompt)
+    tab.get_by_role("button", name="Read").click()
+    expect(tab.locator(".readings figcaption").first).to_have_text(prompt.strip())
+    expect(tab.locator(".inside-body")).to_have_attribute("aria-busy", "false")
+    figure = tab.locator(".readings figure").first
+    expect(figure.locator(".xtick text").last).to_have_text("⏎")
+    assert min(figure.evaluate(SPACES)) > 12.9
+    assert not seen.faults
+    tab.context.close()
 
 
 def test_the_first_pass_is_shown_before_the_exact_effects_of_the_largest(ready):

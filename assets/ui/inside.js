@@ -8,10 +8,22 @@ let run = 0; // number of the reading on its way
 let measures = 0;
 let inUse = ''; // the direction of the bar
 let chosen = new Set(); // parts by name
+let wide = 0; // how wide the tab was when its maps were drawn; 0 while it is not in sight
+const [SLANTED, UPRIGHT] = [16, 13]; // px from one label of a map to the next, at least
+const BESIDE = 120; // px beside the columns of a map: the layers and the colours
+
+/** Labels that would run into each other stand upright, and of more than there is room for some are left out, not the last. */
+function spaced({ tickvals, ticktext, ...axis }, width) {
+  const each = Math.max(1, width - BESIDE) / tickvals.length;
+  const step = Math.ceil(UPRIGHT / each);
+  const isKept = (_, index) => (tickvals.length - 1 - index) % step === 0;
+  return { ...axis, tickvals: tickvals.filter(isKept), ticktext: ticktext.filter(isKept), tickangle: each < SLANTED ? -90 : axis.tickangle };
+}
 
 async function drawFigure(node, json, marks = []) {
   await plotly();
   const figure = painted(JSON.parse(json));
+  figure.layout.xaxis = spaced(figure.layout.xaxis, node.clientWidth);
   figure.layout.shapes = marks;
   await Plotly.react(node, figure.data, figure.layout, CONFIG);
 }
@@ -168,10 +180,15 @@ function read() {
 }
 
 function show() {
-  if (!element.offsetWidth || (props.value && props.value.closed)) return;
+  const before = wide;
+  wide = element.offsetWidth;
+  if (!wide || (props.value && props.value.closed)) return;
   if (!seen || dirty) {
     seen = true;
     if (view && !dirty) { drawReadings(); drawWriters(); } else read();
+  } else if (view && wide !== before) {
+    drawReadings();
+    drawWriters();
   }
 }
 
