@@ -723,6 +723,8 @@ def test_the_page_can_be_used_with_the_keyboard_alone(tab):
     idle(tab)
     tab.keyboard.press("?")
     expect(tab.get_by_role("dialog")).to_contain_text("What it does not show")
+    for name in tab.get_by_role("tab", include_hidden=True).all_inner_texts():
+        expect(tab.get_by_role("dialog").locator("dt", has_text=name).first).to_be_visible()
     tab.keyboard.press("Escape")
     expect(tab.get_by_role("dialog")).to_be_hidden()
     tab.get_by_role("tab", name="Talk").focus()
