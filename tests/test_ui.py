@@ -927,6 +927,8 @@ def test_rates_and_curves_are_measured_with_transcripts_and_files(tab, ready, tm
     tab.locator("#measure [data-length]").fill("16")
     tab.get_by_role("button", name="Measure", exact=True).click()
     expect(tab.locator(".rate")).to_have_count(8, timeout=60_000)
+    tab.locator(".rate").first.click()
+    expect(tab.locator(".transcripts h2")).to_be_in_viewport()
     added = tab.locator(".rate", has_text="harmless: direction added 1×")
     expect(added).to_contain_text("refused 100.0 %")
     added.click()

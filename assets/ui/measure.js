@@ -56,6 +56,7 @@ function rateNode(rate) {
   node.addEventListener('click', () => {
     shown = shown === key(rate) ? null : key(rate);
     drawReport();
+    if (shown) find('[data-transcripts]').scrollIntoView({ block: 'nearest' }); // they open below all rows
   });
   return node;
 }
