@@ -129,6 +129,11 @@ def test_a_forged_request_is_refused_with_a_sentence_that_names_the_field(forged
     assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
 
 
+def test_a_refused_length_is_named_as_the_page_names_it():
+    with pytest.raises(PromptError, match="The longest reply is a number from 1 to 512"):
+        Ask.read(SENT | {"max_new_tokens": 0})
+
+
 def test_a_pane_that_is_off_is_not_a_pane_of_strength_zero():
     assert Ask.read(SENT | {"addition": None}).addition is None
     assert Ask.read(SENT | {"addition": 0}).addition == 0

@@ -146,7 +146,8 @@ def _writers(sent: object) -> frozenset[str] | None:
 def _number(sent: Mapping[str, object], name: str, low: float, high: float) -> float:
     value = sent.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:  # NaN is in no range
-        raise PromptError(f"{name.replace('_', ' ').capitalize()} is a number from {low:g} to {high:g}: set it again.")
+        said = "The longest reply" if name == "max_new_tokens" else name.capitalize()
+        raise PromptError(f"{said} is a number from {low:g} to {high:g}: set it again.")
     return float(value)
 
 
