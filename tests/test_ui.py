@@ -639,7 +639,7 @@ def test_what_is_taken_back_stands_before_what_was_being_written(tab):
     expect(tab.get_by_label("Message")).to_have_value("Who are you?\nAnd why?")
 
 
-def test_a_conversation_is_saved_with_its_settings_and_as_text(tab, chromium):
+def test_a_conversation_is_saved_with_its_settings_and_as_text(tab, chromium, ready):
     hostile = "<img src=x onerror='window.hit = 1'> & <b>bold</b>"
     ask(tab, hostile)
     with tab.expect_download() as saved:
@@ -647,7 +647,14 @@ def test_a_conversation_is_saved_with_its_settings_and_as_text(tab, chromium):
     kept = json.loads(Path(saved.value.path()).read_text("utf-8"))
     assert kept["turns"][0]["prompt"] == hostile
     assert [kept["turns"][0]["replies"][pane]["text"] for pane in PANES[:3]] == replies(tab)
-    assert "layer" in kept["direction"] and kept["temperature"] == 0
+    source = ready.direction.source
+    assert kept["direction"] == {
+        "layer": source.layer,
+        "position": source.position,
+        "mark": "passed every rule",
+        "digest": ready.digest,
+    }
+    assert kept["temperature"] == 0
     with tab.expect_download() as saved:
         tab.get_by_role("button", name="Save page").click()
     page = chromium.new_page()
@@ -655,6 +662,9 @@ def test_a_conversation_is_saved_with_its_settings_and_as_text(tab, chromium):
     page.on("request", lambda request: asked.append(request.url))
     page.set_content(Path(saved.value.path()).read_text("utf-8"))
     expect(page.locator("h2")).to_have_text(hostile)
+    expect(page.locator("p").first).to_contain_text(
+        f"layer {source.layer}, position −{-source.position}, passed every rule"
+    )
     assert page.locator("td").all_inner_texts()[:3] == replies(tab)
     assert page.evaluate("window.hit") is None and page.locator("img").count() == 0 and not asked
     page.close()

@@ -180,7 +180,7 @@ let told = null;
 /** Says which direction is in use to the parts of the page that depend on it. */
 function tell({ model, direction, any_model: isLocal }) {
   const { position, layer, digest } = direction;
-  const now = { model: model.name, position, layer, digest, isSaved: direction.mark === 'from a file', isOwn: direction.own, classes: direction.classes, isLocal };
+  const now = { model: model.name, position, layer, digest, mark: direction.mark, isSaved: direction.mark === 'from a file', isOwn: direction.own, classes: direction.classes, isLocal };
   if (JSON.stringify(now) === JSON.stringify(told)) return;
   const newModel = told === null || told.model !== now.model;
   told = now;

@@ -21,6 +21,7 @@ let turns = 0;
 let script = []; // what a link has still to ask
 let begun = false; // what the link says has been done
 let direction = ''; // the one in use
+let inUse = {}; // what the bar says of it
 let classes = ['harmful', 'harmless']; // whose difference it is
 let drawn = null; // the view on screen
 let opened = ''; // the model the page is open on
@@ -593,7 +594,7 @@ function conversation() {
   return {
     made_with: document.title,
     model: document.querySelector('#bar [data-model]').textContent,
-    direction: document.querySelector('#bar [data-direction]').textContent,
+    direction: { layer: inUse.layer, position: inUse.position, mark: inUse.mark, digest: inUse.digest },
     ...sampling,
     turns: drawn.turns.map(({ prompt: said, replies }) => ({ prompt: said, replies })),
   };
@@ -601,7 +602,9 @@ function conversation() {
 
 function pageOf(saved) {
   const { page, add, text } = newPage(saved.made_with);
-  add(page.body, 'p', `${saved.model} · direction: ${saved.direction} · system prompt: ${saved.system || 'none'} · temperature ${saved.temperature}, seed ${saved.seed}, at most ${saved.max_new_tokens} tokens`
+  const { layer, position, mark, digest } = saved.direction;
+  const read = closed ? '' : ` · direction: layer ${layer}, position ${String(position).replace('-', '−')}, ${mark} (${digest})`;
+  add(page.body, 'p', `${saved.model}${read} · system prompt: ${saved.system || 'none'} · temperature ${saved.temperature}, seed ${saved.seed}, at most ${saved.max_new_tokens} tokens`
     + `${saved.writers ? ` · removed only from ${saved.writers.join(', ')}` : ''}`);
   for (const { prompt: said, replies } of saved.turns) {
     add(page.body, 'h2', said);
@@ -749,6 +752,7 @@ document.addEventListener('compose', (event) => {
   prompt.focus();
 });
 document.addEventListener('direction', ({ detail }) => {
+  inUse = detail;
   const said = `at layer ${detail.layer}, position ${String(detail.position).replace('-', '−')}`;
   if (element.isConnected && detail.classes) {
     classes = detail.classes;
