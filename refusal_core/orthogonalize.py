@@ -216,6 +216,8 @@ def _whole(path: Path) -> Iterator[Path]:
         try:
             yield made
             for file in made.iterdir():
+                # safetensors writes files that only their owner can read: not the user that a server runs as.
+                file.chmod(made.stat().st_mode & 0o666)
                 _sync(file)
             _sync(made)
             made.rename(path)

@@ -67,6 +67,11 @@ def test_every_writer_is_orthogonal_to_the_direction_and_nothing_else_is_changed
     assert edited == exported[1].edited == 1 + 2 * len({n.split(".")[2] for n in before if ".layers." in n})
 
 
+def test_whoever_can_read_the_folder_can_read_all_of_it(exported):
+    modes = {file.name: file.stat().st_mode & 0o777 for file in exported[0].iterdir()}
+    assert set(modes.values()) == {exported[0].stat().st_mode & 0o666}, modes
+
+
 def test_the_weights_say_what_the_hooks_say_and_the_report_measures_it(
     exported, model: ChatModel, direction: Direction
 ):
