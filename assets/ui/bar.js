@@ -106,6 +106,7 @@ function draw() {
   if (view.state === 'served') drawServers(view);
   else drawModels(view);
   if (view.state === 'ready') tell(view);
+  if (view.error) closeSheets();
   const failed = find('[data-failed]');
   failed.hidden = !view.error;
   failed.textContent = view.error;
@@ -154,7 +155,13 @@ async function arrive() {
   [...document.querySelectorAll('#tabs [role="tab"]')].find((tab) => tab.textContent.trim() === state.tab)?.click();
 }
 
+/** An open sheet would cover what is said below the bar. */
+function closeSheets() {
+  all('details[open]').forEach((chip) => { chip.open = false; });
+}
+
 function note(said) {
+  if (said.length) closeSheets();
   find('[data-note]').textContent = said.join(' ');
 }
 
