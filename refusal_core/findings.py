@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -49,6 +50,9 @@ from refusal_core.selection import (
 CACHE_VARIABLE = "REFUSAL_CACHE"
 CACHE_BYTES = 2_000_000_000
 """The cache holds at most so much: what was used longest ago makes room."""
+
+_ENTRY = re.compile("[0-9a-f]{32}")
+"""What an entry of the cache is called: whatever else is in that folder is not this program's to remove."""
 
 ACTIVATIONS = ("directions", "harmful", "harmless", "val_harmful", "val_harmless")
 
@@ -200,7 +204,9 @@ def _keep(found: Found, folder: Path) -> None:
         save_found(found, Path(made) / "found")
         shutil.rmtree(folder, ignore_errors=True)
         (Path(made) / "found").rename(folder)
-    kept = sorted((path for path in folder.parent.glob("[0-9a-f]*") if path.is_dir()), key=lambda p: p.stat().st_mtime)
+    kept = sorted(
+        (path for path in folder.parent.iterdir() if _ENTRY.fullmatch(path.name)), key=lambda p: p.stat().st_mtime
+    )
     sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in kept}
     for path in kept[:-1]:
         if sum(sizes.values()) > CACHE_BYTES:
