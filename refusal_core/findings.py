@@ -79,7 +79,8 @@ def find_or_recall(
     folder = cache_folder() / _key(model, *drawn, by, refusal_tokens, complete)
     with contextlib.suppress(DirectionError):
         found = load_found(folder)
-        os.utime(folder)
+        with contextlib.suppress(OSError):  # a cache that can only be read forgets what was used longest ago
+            os.utime(folder)
         yield found
         return
     search = find_direction(

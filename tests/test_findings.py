@@ -1,5 +1,6 @@
 """What was found can be read back whole, and a second search for the same is none."""
 
+import errno
 import json
 import math
 from dataclasses import fields, replace
@@ -135,3 +136,14 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_the_second_start(model
     (tmp_path / "cache").write_text("no folder")
     assert same(recall(model), found) and same(recall(model), found)
     assert len(searches) == 2
+
+
+def test_a_cache_that_can_only_be_read_is_read(model: ChatModel, found, searches, monkeypatch):
+    recall(model)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(findings.os, "utime", refuse)  # tests may run as root, who may write everywhere
+    assert same(recall(model), found)
+    assert len(searches) == 1
