@@ -15,7 +15,7 @@ from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import Direction, DirectionError
 from refusal_core.endpoints import add_endpoints, evaluate_endpoints, read_endpoints
 from refusal_core.evaluation import N_CURVE, Report, damage_curve, evaluate, paper_rows
-from refusal_core.findings import as_json, find_or_recall, funnel, load_found, save_found
+from refusal_core.findings import UNWRITTEN, as_json, find_or_recall, funnel, load_found, save_found
 from refusal_core.formats import load_direction
 from refusal_core.generation import MAX_NEW_TOKENS
 from refusal_core.hub import HARMFUL, NAMES
@@ -279,7 +279,7 @@ def _found_with(direction: Path) -> Found | None:
 def _save(found: Found, folder: Path) -> None:
     try:
         save_found(found, folder)
-    except OSError as error:
+    except UNWRITTEN as error:
         raise DirectionError(f"{folder} cannot be written ({error}): name another folder.") from error
 
 

@@ -51,6 +51,9 @@ CACHE_VARIABLE = "REFUSAL_CACHE"
 CACHE_BYTES = 2_000_000_000
 """The cache holds at most so much: what was used longest ago makes room."""
 
+UNWRITTEN = (OSError, SafetensorError)
+"""What writing a search raises where there is no room for it, or no permission."""
+
 _ENTRY = re.compile("[0-9a-f]{32}")
 """What an entry of the cache is called: whatever else is in that folder is not this program's to remove."""
 
@@ -88,7 +91,7 @@ def find_or_recall(
     )
     for event in search:
         if isinstance(event, Found):
-            with contextlib.suppress(OSError):  # a full or read-only disk costs the second start, not this result
+            with contextlib.suppress(*UNWRITTEN):  # a full or read-only disk costs the second start, not this result
                 _keep(event, folder)
         yield event
 

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from conftest import no_room
 
 from refusal_core import findings
 from refusal_core.chat_model import ChatModel
@@ -136,6 +137,10 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_the_second_start(model
     (tmp_path / "cache").write_text("no folder")
     assert same(recall(model), found) and same(recall(model), found)
     assert len(searches) == 2
+    (tmp_path / "cache").unlink()
+    with no_room(20_000):
+        assert same(recall(model), found)
+    assert len(searches) == 3 and not list((tmp_path / "cache").iterdir())
 
 
 def test_a_cache_that_can_only_be_read_is_read(model: ChatModel, found, searches, monkeypatch):
