@@ -592,6 +592,11 @@ class ChatModel:
                     f"This direction was read from {source.model or 'another model'}, not from {self.name}: its numbers "
                     "mean nothing here. Find the direction of this model."
                 )
+            if not 0 <= source.layer < self.n_layers:
+                raise ModelError(
+                    f"The direction is of layer {source.layer}, and {self.name} has {self.n_layers} layers, counted from 0: "
+                    "it is another model's. Find the direction of this model."
+                )
         named = {writer for row in checked for i in row for writer in i.writers or ()}
         if unknown := sorted(named - set(self.writers)):
             raise ModelError(

@@ -10,7 +10,7 @@ from conftest import HARMFUL, HARMLESS, Plain
 from torch.testing import assert_close
 
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
-from refusal_core.directions import Direction, random_like
+from refusal_core.directions import Direction, Source, random_like
 from refusal_core.interventions import Intervention
 from refusal_core.prompts import PromptError
 
@@ -151,6 +151,10 @@ def test_a_direction_of_another_model_is_refused(model: ChatModel, direction: Di
         model.logits([HARMFUL], [Intervention(foreign, "ablate")])
     with pytest.raises(ValueError, match="2 conversations need 2 rows"):
         model.logits([HARMFUL, HARMLESS], [None])
+    for layer in (-1, model.n_layers):
+        nowhere = Direction(direction.unit, direction.norm, Source(layer=layer))
+        with pytest.raises(ModelError, match=f"of layer {layer}, and embedded model has {model.n_layers} layers"):
+            model.logits([HARMFUL], [Intervention(nowhere, "add")])
 
 
 def test_a_part_that_the_model_does_not_have_is_one_sentence(model: ChatModel, direction: Direction):
