@@ -40,6 +40,12 @@ def test_a_zero_difference_is_no_direction():
         Direction.from_difference(torch.full((4,), 1e-9), SOURCE)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e300])
+def test_numbers_that_are_not_finite_are_no_direction(number):
+    with pytest.raises(DirectionError, match=r"are not finite, .*: load the model in float32"):
+        Direction.from_difference(torch.full((4,), number, dtype=torch.float64), SOURCE)
+
+
 def test_a_saved_direction_comes_back_with_its_source_and_without_its_neighbours(tmp_path):
     every = torch.randn(5, 8, 64, dtype=torch.float64)
     made = Direction.from_difference(every[-1, 3], SOURCE)
