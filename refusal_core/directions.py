@@ -68,6 +68,10 @@ class Direction:
     norm: float
     source: Source
 
+    def __post_init__(self) -> None:
+        # Whatever r̂ was computed in and on: each reader would have to convert it, and one forgets.
+        object.__setattr__(self, "unit", self.unit.detach().float().cpu())
+
     @classmethod
     def from_difference(cls, r: Float[Tensor, " d_model"], source: Source) -> "Direction":
         """The direction of a raw difference of means `r`; raises DirectionError where r is numerically zero or no number."""
