@@ -550,7 +550,7 @@ class ChatModel:
     ) -> Float[Tensor, "row pos layer head"]:
         """What each attention head writes along r̂: (z_h W_O^h) · r̂, in float32 on the CPU, biases left out."""
         along = []
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.inference_mode(), placement.reading(self.name):
             for z, matrix in zip(head_inputs, self._parts.head_outputs, strict=True):
                 kept = placement.weight(matrix)
                 w = kept if isinstance(matrix, torch.nn.Linear) else kept.T  # GPT-2 keeps (in, out)
@@ -564,7 +564,7 @@ class ChatModel:
         Biases of norm and unembedding are not the vector's and are left out; so are a family's scale and cap.
         """
         head = cast(torch.nn.Linear, self._model.get_output_embeddings())
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.inference_mode(), placement.reading(self.name):
             both = torch.stack([x, torch.zeros_like(x)]).to(self.device, self.dtype)
             said, nothing = head(self._parts.final_norm(both) if final_norm else both).float().cpu()
             return said - nothing
@@ -608,7 +608,7 @@ class ChatModel:
     def _run(self, step: _Step, keep: int = 1, **inputs):
         """One step of the model, the logits of its `keep` last positions, by whoever holds its lock."""
         graph = step.with_gradients
-        with torch.inference_mode(not graph), torch.set_grad_enabled(graph):
+        with torch.inference_mode(not graph), torch.set_grad_enabled(graph), placement.reading(self.name):
             self._step = step
             try:
                 return self._model(**inputs, logits_to_keep=self._kept(keep, inputs["input_ids"]), return_dict=True)
