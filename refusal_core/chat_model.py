@@ -18,6 +18,7 @@ import contextlib
 import copy
 import functools
 import math
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -352,7 +353,8 @@ class ChatModel:
     def render(self, conversation: Conversation) -> list[int]:
         """The token ids of `conversation` in the model's chat template, up to where the reply begins.
 
-        Raises PromptError for an empty message, one that leaves no room to reply, and roles the template refuses.
+        Raises PromptError for an empty message, one that is no text or leaves no room to reply, and roles the template
+        refuses.
         """
         last = conversation if isinstance(conversation, str) else conversation[-1]["content"] if conversation else ""
         if not last.strip():
@@ -371,6 +373,8 @@ class ChatModel:
         text = self._in_template(conversation)
         if text.rstrip().endswith(OPENS_THOUGHT):
             text = text.rstrip().removesuffix(OPENS_THOUGHT) + CLOSED_THOUGHT
+        if re.search("[\ud800-\udfff]", text):  # halves of characters, as from bytes that were no UTF-8
+            raise PromptError("The prompt has characters that are no text: type them anew.")
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _in_template(self, conversation: Sequence[Mapping[str, str]], *, thinking: bool = False) -> str:

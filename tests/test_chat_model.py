@@ -162,7 +162,9 @@ def test_a_part_that_the_model_does_not_have_is_one_sentence(model: ChatModel, d
         model.logits([HARMFUL], [Intervention(direction, "ablate", 1.0, frozenset({"MLP 1", "MLP 999"}))])
 
 
-@pytest.mark.parametrize(("prompt", "says"), [("", "empty"), (" \n", "empty"), ("word " * 20_000, "shorten it")])
+@pytest.mark.parametrize(
+    ("prompt", "says"), [("", "empty"), (" \n", "empty"), ("word " * 20_000, "shorten it"), ("a\udcff", "no text")]
+)
 def test_a_prompt_that_cannot_be_read_is_one_sentence(model: ChatModel, prompt, says):
     with pytest.raises(PromptError, match=says) as caught:
         model.logits([prompt])
