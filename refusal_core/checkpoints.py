@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx2
 import huggingface_hub
+import jinja2
 import torch
 import transformers
 from huggingface_hub import constants as hub_constants
@@ -230,12 +231,18 @@ def _read_config(folder: Path, name: str) -> transformers.PretrainedConfig:
 def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"The tokenizer of {name} cannot be read ({first_line(error)}).") from error
     if not tokenizer.chat_template:
         raise ModelError(
             f"{name} has no chat template, so it is no chat model: take its “Instruct”, “Chat” or “it” version."
         )
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False)
+    except (jinja2.TemplateError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"The chat template of {name} does not take a message ({first_line(error)}): fetch or copy the checkpoint again."
+        ) from error
     return tokenizer
 
 

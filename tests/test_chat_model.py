@@ -204,6 +204,10 @@ def remove_template(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+def template(text):
+    return lambda folder: (folder / "chat_template.jinja").write_text(text)
+
+
 def truncate_weights(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
@@ -222,6 +226,10 @@ BROKEN = {
     "unknown architecture": (lambda folder: edit_json(folder / "config.json", model_type="unheard_of"), "config.json"),
     "a layer too many": (lambda folder: edit_json(folder / "config.json", num_hidden_layers=20), "incomplete"),
     "other widths": (lambda folder: edit_json(folder / "config.json", intermediate_size=500), "weights of"),
+    "a chat template cut off": (template("{% for m in messages %}{{ m.content"), "does not take a message"),
+    "a chat template that refuses": (template("{{ raise_exception('no') }}"), "does not take a message"),
+    "a chat template that adds apples": (template("{{ messages[0].content + 1 }}"), "does not take a message"),
+    "tokenizer settings of nothing": (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "tokenizer"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
 }
 
