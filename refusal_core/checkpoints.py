@@ -175,7 +175,7 @@ def _judge(name: str, folder: Path, revision: str | None, files: dict[str, int],
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in folder.iterdir()}
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.exists()}  # a link may lead nowhere
 
 
 def _no_weights(name: str, files: Collection[str]) -> ModelError | None:

@@ -217,10 +217,16 @@ def pickle_only(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def link_to_nothing(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder / "gone")
+
+
 BROKEN = {
     "no chat template": (remove_template, "no chat template"),
     "half the weights": (truncate_weights, "fetch or copy the checkpoint again"),
     "pickled weights": (pickle_only, "no .safetensors weights"),
+    "a link to weights that are gone": (link_to_nothing, "no .safetensors weights"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
     "config of nothing": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
     "unknown architecture": (lambda folder: edit_json(folder / "config.json", model_type="unheard_of"), "config.json"),
