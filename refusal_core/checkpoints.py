@@ -62,7 +62,9 @@ def find(name: str, revision: str | None = None) -> Checkpoint:
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return _judge(name, path, revision, _sizes(path), on_hub=False)
+        if revision is not None:  # it would be given as the source of every direction and report
+            raise ModelError(f"{name} is a folder, which has no revision {revision!r}: leave it out, or give a hub id.")
+        return _judge(name, path, None, _sizes(path), on_hub=False)
     if path.is_file() or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ModelError(
             f"There is no model folder {name!r}: give a folder with config.json and .safetensors files, or a hub id "

@@ -251,6 +251,11 @@ def test_a_broken_checkpoint_is_one_sentence_with_the_remedy(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_has_no_revision_to_be_quoted_later():
+    with pytest.raises(ModelError, match="is a folder, which has no revision 'v2'"):
+        ChatModel.load(ORGANISM, revision="v2")
+
+
 @pytest.mark.parametrize("name", ["/nowhere/model", "./none", "not a name", "one-word", "../x"])
 def test_a_wrong_path_is_one_sentence_and_asks_nobody(name, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("a request left the machine"))
