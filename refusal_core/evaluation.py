@@ -33,7 +33,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from refusal_core.chat_model import ChatModel, Conversation, ModelError, Reading
+from refusal_core.chat_model import PROBES, ChatModel, Conversation, ModelError, Reading
 from refusal_core.directions import Direction, random_like
 from refusal_core.generation import Ending, stream_side_by_side
 from refusal_core.interventions import Intervention, Kind, Row
@@ -448,7 +448,8 @@ def tally(name: str, row: int, harmful: bool, completions: Sequence[Completion],
 
 def _mark(model: ChatModel, row: Row, max_new_tokens: int) -> str:
     """Names what a reply was made with, so that a journal never passes off one setting's reply as another's."""
-    digest = hashlib.sha256(f"{model.fingerprint} {model.dtype} {max_new_tokens}".encode())
+    template = model.render(PROBES[0])
+    digest = hashlib.sha256(f"{model.fingerprint} {model.precision} {template} {max_new_tokens}".encode())
     for i in row:
         where = "" if i.writers is None else sorted(i.writers)
         digest.update(f"{i.kind} {i.scale!r} {i.direction.norm!r} {i.direction.source.layer}{where}".encode())

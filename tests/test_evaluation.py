@@ -172,6 +172,13 @@ def test_a_journal_never_gives_the_reply_of_another_setting(model, found, few, t
     for rows, tokens in (([Intervention(r, "add", 0.6)], 8), ([Intervention(r, "add", 0.5)], 9), ([None], 8)):
         first = next(evaluate(model, few, rows, max_new_tokens=tokens, resume=journal))
         assert isinstance(first, Progress) and first.done == 0
+    again = [Intervention(r, "add", 0.5)]
+    packed, polite = replace(model.placed, four_bit=True), model.tokenizer.chat_template + "Well,"
+    for of, what, value in ((model, "placed", packed), (model.tokenizer, "chat_template", polite)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(of, what, value)
+            first = next(evaluate(model, few, again, max_new_tokens=8, resume=journal))
+        assert isinstance(first, Progress) and first.done == 0, what
     other = tmp_path / "notes.txt"
     for text in ("Dear diary\n", "no line break", '{"text": 1, "harmful": 2, "category": 3, "split": 4}\n', "null\n"):
         other.write_text(text)
