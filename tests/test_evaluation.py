@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HARMFUL, HARMLESS, Plain, counting_steps
+from conftest import HARMFUL, HARMLESS, Plain, counting_steps, no_room
 from families import build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -191,6 +191,8 @@ def test_a_journal_that_cannot_be_kept_is_said_before_anything_is_completed(mode
     for path in (tmp_path, tmp_path / "nowhere" / "journal"):
         with pytest.raises(PromptError, match=r"cannot be kept in .*: name another file"):
             next(evaluate(model, few, [None], resume=path))
+    with pytest.raises(PromptError, match=r"journal \(.*\): name another file, or make room"), no_room(1):
+        list(evaluate(model, few.keep([0], []), [None], max_new_tokens=2, resume=tmp_path / "journal"))
 
 
 def test_a_class_without_prompts_has_no_rates_and_without_any_nothing_is_measured(model, found, few):
