@@ -134,6 +134,12 @@ def read_weights(checkpoint: Checkpoint, dtype: torch.dtype, **where: Any) -> tr
     return model
 
 
+def weights_in(folder: Path) -> list[Path]:
+    """The files with the weights of the checkpoint in `folder`, sorted, without another copy of them beside; empty if gone."""
+    files = _sizes(folder) if folder.is_dir() else {}
+    return [folder / name for name in _weights(folder, files) if name in files]
+
+
 def fingerprint(folder: Path) -> str:
     """Names the weights themselves: a hash of the config and of each safetensors file's size, header and samples."""
     digest = hashlib.sha256(json.dumps(_config_json(folder), sort_keys=True).encode())

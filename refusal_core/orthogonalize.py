@@ -39,6 +39,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from refusal_core.chat_model import ChatModel, ModelError
+from refusal_core.checkpoints import weights_in
 from refusal_core.directions import Direction, project
 from refusal_core.interventions import Intervention
 from refusal_core.metrics import kl_divergence, refusal_probability
@@ -265,7 +266,7 @@ def _write_checkpoint(model: ChatModel, edit: Edit, path: Path) -> int:
             f"{model.name} is in 4 bits, so weights that are edited in full precision cannot be measured against its hooks: "
             'load it whole, with the device "auto" if it is large, and find the direction there.'
         )
-    shards = sorted(model.folder.glob("*.safetensors"))
+    shards = weights_in(model.folder)
     if not shards:
         raise ModelError(
             f"The checkpoint of {model.name} is not on the disk any more: edit the model it was made from."

@@ -110,6 +110,15 @@ def test_a_checkpoint_in_shards_is_edited_shard_by_shard(
     assert report.exact and report.same_first_token == 1
 
 
+def test_another_copy_of_the_weights_beside_them_is_not_in_the_export(tmp_path):
+    folder = build("Llama", tmp_path / "model")
+    shutil.copyfile(folder / "model.safetensors", folder / "consolidated.safetensors")
+    model = ChatModel.load(folder, device="cpu", dtype=torch.float32)
+    direction = Direction(torch.eye(32)[3], 2.0, Source(fingerprint=model.fingerprint, layer=1))
+    assert export(model, direction, tmp_path / "edited").exact
+    assert [p.name for p in (tmp_path / "edited").glob("*.safetensors")] == ["model.safetensors"]
+
+
 def test_a_linear_attention_is_edited_like_any_other(tmp_path):
     model = ChatModel.load(build("Qwen 3.5 (hybrid)", tmp_path / "hybrid"), device="cpu")
     r = torch.randn(model.d_model, generator=torch.Generator().manual_seed(1))
