@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -107,7 +108,7 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
     rates = add("evaluate", "Judge replies to test prompts, with and without the direction.", given, machine)
     for each, length in ((talk, 256), (rates, 64)):
         each.add_argument(
-            "--max-new-tokens", type=int, choices=range(1, MAX_NEW_TOKENS + 1), default=length, metavar="N",
+            "--max-new-tokens", type=_length, default=length, metavar="N",
             help=f"the longest a reply may get, at most {MAX_NEW_TOKENS}; default: {length}",
         )  # fmt: skip
     rates.add_argument("--n", type=_count, default=100, help="how many test prompts of each class; default: 100")
@@ -139,16 +140,24 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def _length(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_NEW_TOKENS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {MAX_NEW_TOKENS}")
+    return int(text)
 
 
 def _strength(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
     if not abs(number) <= 10:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from -10 to 10")
     return number
 
 

@@ -111,6 +111,17 @@ def test_what_cannot_be_done_is_one_sentence_and_status_1(given, says, capsys):
     assert printed.err.startswith(says) and printed.err.count("\n") == 1 and printed.out == ""
 
 
+def test_a_number_out_of_range_is_answered_with_the_range(capsys):
+    for given, says in (
+        (["evaluate", "--max-new-tokens", "5000"], "'5000' is no whole number from 1 to 2048"),
+        (["evaluate", "--n", "many"], "'many' is no whole number from 1"),
+        (["export", "--out", "x", "--strength", "eleven"], "'eleven' is no number from -10 to 10"),
+    ):
+        with pytest.raises(SystemExit):
+            main(given)
+        assert capsys.readouterr().err.endswith(f"argument {given[-2]}: {says}\n")
+
+
 def test_a_search_for_which_there_is_no_room_is_one_sentence(lists, tmp_path, capsys):
     with no_room(20_000):
         assert main(["find", *lists, "--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
