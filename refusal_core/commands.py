@@ -248,8 +248,7 @@ def _export(options: argparse.Namespace) -> int:
             f"differ from the hooks' by at most {report.max_logit_difference:.2e} "
             f"({'exact up to rounding' if report.exact else 'an approximation'}), and {report.same_first_token:.0%} of the "
             f"first tokens are the same. KL on harmless prompts {report.kl:.4f} nats (hooks {report.kl_of_hooks:.4f}); "
-            f"{report.refusing:.0%} of the harmful ones start like a refusal (unchanged {report.refusing_unchanged:.0%}, "
-            f"hooks {report.refusing_with_hooks:.0%})."
+            f"of the replies to harmful ones, {report.refusal}."
         )
     return 0
 
