@@ -714,6 +714,11 @@ class ChatModel:
             stack.callback(handle.remove)
             self.run(self._pad((0,), [self._render(PROBES[0])]))
         stream = final[0].to(self.device)
+        if not stream.isfinite().all():
+            raise ModelError(
+                f"{self.name}: the residual stream has numbers that are not finite in {self.precision}: load it in float32; if "
+                "they stay, fetch or copy the checkpoint again."
+            )
         rest = (torch.stack([w.to(self.device) for w in writes]).sum(0) - stream).norm() / stream.norm()
         tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
         if not rest < tolerance:

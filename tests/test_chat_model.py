@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from conftest import HARMFUL, HARMLESS, Plain
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
@@ -249,6 +250,16 @@ def test_a_broken_checkpoint_is_one_sentence_with_the_remedy(tmp_path, case):
     with pytest.raises(ModelError, match=says) as caught:
         ChatModel.load(folder, device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_a_stream_that_runs_over_in_half_precision_is_not_taken_for_an_unknown_write(tmp_path):
+    folder = shutil.copytree(ORGANISM, tmp_path / "large")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"] *= 1e5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"not finite in float16: load it in float32"):
+        ChatModel.load(folder, device="cpu", dtype=torch.float16)
+    assert ChatModel.load(folder, device="cpu", dtype=torch.float32).logits(["Hi"]).isfinite().all()
 
 
 def test_a_folder_has_no_revision_to_be_quoted_later():
