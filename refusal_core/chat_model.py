@@ -18,6 +18,7 @@ import contextlib
 import copy
 import functools
 import math
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -352,7 +353,8 @@ class ChatModel:
     def render(self, conversation: Conversation) -> list[int]:
         """The token ids of `conversation` in the model's chat template, up to where the reply begins.
 
-        Raises PromptError for an empty message, one that leaves no room to reply, and roles the template refuses.
+        Raises PromptError for an empty message, one that is no text or leaves no room to reply, and roles the template
+        refuses.
         """
         last = conversation if isinstance(conversation, str) else conversation[-1]["content"] if conversation else ""
         if not last.strip():
@@ -371,6 +373,8 @@ class ChatModel:
         text = self._in_template(conversation)
         if text.rstrip().endswith(OPENS_THOUGHT):
             text = text.rstrip().removesuffix(OPENS_THOUGHT) + CLOSED_THOUGHT
+        if re.search("[\ud800-\udfff]", text):  # halves of characters, as from bytes that were no UTF-8
+            raise PromptError("The prompt has characters that are no text: type them anew.")
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _in_template(self, conversation: Sequence[Mapping[str, str]], *, thinking: bool = False) -> str:
@@ -550,7 +554,7 @@ class ChatModel:
     ) -> Float[Tensor, "row pos layer head"]:
         """What each attention head writes along r̂: (z_h W_O^h) · r̂, in float32 on the CPU, biases left out."""
         along = []
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.inference_mode(), placement.reading(self.name):
             for z, matrix in zip(head_inputs, self._parts.head_outputs, strict=True):
                 kept = placement.weight(matrix)
                 w = kept if isinstance(matrix, torch.nn.Linear) else kept.T  # GPT-2 keeps (in, out)
@@ -564,7 +568,7 @@ class ChatModel:
         Biases of norm and unembedding are not the vector's and are left out; so are a family's scale and cap.
         """
         head = cast(torch.nn.Linear, self._model.get_output_embeddings())
-        with self._lock, torch.inference_mode():
+        with self._lock, torch.inference_mode(), placement.reading(self.name):
             both = torch.stack([x, torch.zeros_like(x)]).to(self.device, self.dtype)
             said, nothing = head(self._parts.final_norm(both) if final_norm else both).float().cpu()
             return said - nothing
@@ -592,6 +596,11 @@ class ChatModel:
                     f"This direction was read from {source.model or 'another model'}, not from {self.name}: its numbers "
                     "mean nothing here. Find the direction of this model."
                 )
+            if not 0 <= source.layer < self.n_layers:
+                raise ModelError(
+                    f"The direction is of layer {source.layer}, and {self.name} has {self.n_layers} layers, counted from 0: "
+                    "it is another model's. Find the direction of this model."
+                )
         named = {writer for row in checked for i in row for writer in i.writers or ()}
         if unknown := sorted(named - set(self.writers)):
             raise ModelError(
@@ -603,7 +612,7 @@ class ChatModel:
     def _run(self, step: _Step, keep: int = 1, **inputs):
         """One step of the model, the logits of its `keep` last positions, by whoever holds its lock."""
         graph = step.with_gradients
-        with torch.inference_mode(not graph), torch.set_grad_enabled(graph):
+        with torch.inference_mode(not graph), torch.set_grad_enabled(graph), placement.reading(self.name):
             self._step = step
             try:
                 return self._model(**inputs, logits_to_keep=self._kept(keep, inputs["input_ids"]), return_dict=True)
@@ -705,6 +714,11 @@ class ChatModel:
             stack.callback(handle.remove)
             self.run(self._pad((0,), [self._render(PROBES[0])]))
         stream = final[0].to(self.device)
+        if not stream.isfinite().all():
+            raise ModelError(
+                f"{self.name}: the residual stream has numbers that are not finite in {self.precision}: load it in float32; if "
+                "they stay, fetch or copy the checkpoint again."
+            )
         rest = (torch.stack([w.to(self.device) for w in writes]).sum(0) - stream).norm() / stream.norm()
         tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
         if not rest < tolerance:

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx2
 import huggingface_hub
+import jinja2
 import torch
 import transformers
 from huggingface_hub import constants as hub_constants
@@ -61,7 +62,9 @@ def find(name: str, revision: str | None = None) -> Checkpoint:
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return _judge(name, path, revision, _sizes(path), on_hub=False)
+        if revision is not None:  # it would be given as the source of every direction and report
+            raise ModelError(f"{name} is a folder, which has no revision {revision!r}: leave it out, or give a hub id.")
+        return _judge(name, path, None, _sizes(path), on_hub=False)
     if path.is_file() or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ModelError(
             f"There is no model folder {name!r}: give a folder with config.json and .safetensors files, or a hub id "
@@ -131,6 +134,12 @@ def read_weights(checkpoint: Checkpoint, dtype: torch.dtype, **where: Any) -> tr
     return model
 
 
+def weights_in(folder: Path) -> list[Path]:
+    """The files with the weights of the checkpoint in `folder`, sorted, without another copy of them beside; empty if gone."""
+    files = _sizes(folder) if folder.is_dir() else {}
+    return [folder / name for name in _weights(folder, files) if name in files]
+
+
 def fingerprint(folder: Path) -> str:
     """Names the weights themselves: a hash of the config and of each safetensors file's size, header and samples."""
     digest = hashlib.sha256(json.dumps(_config_json(folder), sort_keys=True).encode())
@@ -174,7 +183,7 @@ def _judge(name: str, folder: Path, revision: str | None, files: dict[str, int],
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in folder.iterdir()}
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.exists()}  # a link may lead nowhere
 
 
 def _no_weights(name: str, files: Collection[str]) -> ModelError | None:
@@ -230,12 +239,18 @@ def _read_config(folder: Path, name: str) -> transformers.PretrainedConfig:
 def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"The tokenizer of {name} cannot be read ({first_line(error)}).") from error
     if not tokenizer.chat_template:
         raise ModelError(
             f"{name} has no chat template, so it is no chat model: take its “Instruct”, “Chat” or “it” version."
         )
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False)
+    except (jinja2.TemplateError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"The chat template of {name} does not take a message ({first_line(error)}): fetch or copy the checkpoint again."
+        ) from error
     return tokenizer
 
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import Direction, DirectionError
 from refusal_core.endpoints import add_endpoints, evaluate_endpoints, read_endpoints
 from refusal_core.evaluation import N_CURVE, Report, damage_curve, evaluate, paper_rows
-from refusal_core.findings import as_json, find_or_recall, funnel, load_found, save_found
+from refusal_core.findings import UNWRITTEN, as_json, find_or_recall, funnel, load_found, save_found
 from refusal_core.formats import load_direction
 from refusal_core.generation import MAX_NEW_TOKENS
 from refusal_core.hub import HARMFUL, NAMES
@@ -107,7 +108,7 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
     rates = add("evaluate", "Judge replies to test prompts, with and without the direction.", given, machine)
     for each, length in ((talk, 256), (rates, 64)):
         each.add_argument(
-            "--max-new-tokens", type=int, choices=range(1, MAX_NEW_TOKENS + 1), default=length, metavar="N",
+            "--max-new-tokens", type=_length, default=length, metavar="N",
             help=f"the longest a reply may get, at most {MAX_NEW_TOKENS}; default: {length}",
         )  # fmt: skip
     rates.add_argument("--n", type=_count, default=100, help="how many test prompts of each class; default: 100")
@@ -139,16 +140,24 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def _length(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_NEW_TOKENS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {MAX_NEW_TOKENS}")
+    return int(text)
 
 
 def _strength(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
     if not abs(number) <= 10:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from -10 to 10")
     return number
 
 
@@ -239,8 +248,7 @@ def _export(options: argparse.Namespace) -> int:
             f"differ from the hooks' by at most {report.max_logit_difference:.2e} "
             f"({'exact up to rounding' if report.exact else 'an approximation'}), and {report.same_first_token:.0%} of the "
             f"first tokens are the same. KL on harmless prompts {report.kl:.4f} nats (hooks {report.kl_of_hooks:.4f}); "
-            f"{report.refusing:.0%} of the harmful ones start like a refusal (unchanged {report.refusing_unchanged:.0%}, "
-            f"hooks {report.refusing_with_hooks:.0%})."
+            f"of the replies to harmful ones, {report.refusal}."
         )
     return 0
 
@@ -279,7 +287,7 @@ def _found_with(direction: Path) -> Found | None:
 def _save(found: Found, folder: Path) -> None:
     try:
         save_found(found, folder)
-    except OSError as error:
+    except UNWRITTEN as error:
         raise DirectionError(f"{folder} cannot be written ({error}): name another folder.") from error
 
 

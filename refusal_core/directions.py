@@ -68,10 +68,19 @@ class Direction:
     norm: float
     source: Source
 
+    def __post_init__(self) -> None:
+        # Whatever r̂ was computed in and on: each reader would have to convert it, and one forgets.
+        object.__setattr__(self, "unit", self.unit.detach().float().cpu())
+
     @classmethod
     def from_difference(cls, r: Float[Tensor, " d_model"], source: Source) -> "Direction":
-        """The direction of a raw difference of means `r`; raises DirectionError where r is numerically zero."""
+        """The direction of a raw difference of means `r`; raises DirectionError where r is numerically zero or no number."""
         norm = r.double().norm().item()
+        if not math.isfinite(norm):
+            raise DirectionError(
+                f"The numbers at layer {source.layer}, position {source.position} are not finite, so there is no direction: "
+                "load the model in float32 and find it anew."
+            )
         if not norm >= ZERO_NORM:
             raise DirectionError(
                 f"There is no direction at layer {source.layer}, position {source.position}: the prompts of both "

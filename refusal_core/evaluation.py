@@ -18,6 +18,7 @@ In a curve p(s), removal edits everything that is written to the stream, so each
 addition leaves the blocks below its layer as they are: its rows restart from one untouched run there.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -33,7 +34,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from refusal_core.chat_model import ChatModel, Conversation, ModelError, Reading
+from refusal_core.chat_model import PROBES, ChatModel, Conversation, ModelError, Reading
 from refusal_core.directions import Direction, random_like
 from refusal_core.generation import Ending, stream_side_by_side
 from refusal_core.interventions import Intervention, Kind, Row
@@ -448,7 +449,8 @@ def tally(name: str, row: int, harmful: bool, completions: Sequence[Completion],
 
 def _mark(model: ChatModel, row: Row, max_new_tokens: int) -> str:
     """Names what a reply was made with, so that a journal never passes off one setting's reply as another's."""
-    digest = hashlib.sha256(f"{model.fingerprint} {model.dtype} {max_new_tokens}".encode())
+    template = model.render(PROBES[0])
+    digest = hashlib.sha256(f"{model.fingerprint} {model.precision} {template} {max_new_tokens}".encode())
     for i in row:
         where = "" if i.writers is None else sorted(i.writers)
         digest.update(f"{i.kind} {i.scale!r} {i.direction.norm!r} {i.direction.source.layer}{where}".encode())
@@ -464,10 +466,8 @@ class _Journal:
         self._path, self._new = path, []
         if path is None:
             return
-        try:  # now, and not when the first replies are there to be kept
+        with self._kept():  # now, and not when the first replies are there to be kept
             path.open("ab").close()
-        except OSError as error:
-            raise PromptError(f"Replies cannot be kept in {path} ({error.strerror}): name another file.") from error
         # The last line may have been cut off by whatever ended the run: it is made anew.
         whole, _, rest = path.read_bytes().rpartition(b"\n")
         try:
@@ -481,6 +481,15 @@ class _Journal:
         if rest:  # cut off in place: a file that is written anew is empty for a moment, in which a run may be killed
             os.truncate(path, len(whole) + 1 if whole else 0)
 
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise PromptError(
+                f"Replies cannot be kept in {self._path} ({error.strerror}): name another file, or make room there."
+            ) from error
+
     def add(self, mark: str, prompt: str, text: str, ending: Ending) -> None:
         self.replies[mark, prompt] = text, ending
         self._new.append(json.dumps([mark, prompt, text, ending]) + "\n")
@@ -488,7 +497,7 @@ class _Journal:
     def flush(self) -> None:
         """Brings what was added onto the disk."""
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
+            with self._kept(), self._path.open("a", encoding="utf-8") as file:
                 file.writelines(self._new)
                 file.flush()
                 os.fsync(file.fileno())

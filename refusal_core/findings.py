@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -50,6 +51,12 @@ CACHE_VARIABLE = "REFUSAL_CACHE"
 CACHE_BYTES = 2_000_000_000
 """The cache holds at most so much: what was used longest ago makes room."""
 
+UNWRITTEN = (OSError, SafetensorError)
+"""What writing a search raises where there is no room for it, or no permission."""
+
+_ENTRY = re.compile("[0-9a-f]{32}")
+"""What an entry of the cache is called: whatever else is in that folder is not this program's to remove."""
+
 ACTIVATIONS = ("directions", "harmful", "harmless", "val_harmful", "val_harmless")
 
 
@@ -75,7 +82,8 @@ def find_or_recall(
     folder = cache_folder() / _key(model, *drawn, by, refusal_tokens, complete)
     with contextlib.suppress(DirectionError):
         found = load_found(folder)
-        os.utime(folder)
+        with contextlib.suppress(OSError):  # a cache that can only be read forgets what was used longest ago
+            os.utime(folder)
         yield found
         return
     search = find_direction(
@@ -83,7 +91,7 @@ def find_or_recall(
     )
     for event in search:
         if isinstance(event, Found):
-            with contextlib.suppress(OSError):  # a full or read-only disk costs the second start, not this result
+            with contextlib.suppress(*UNWRITTEN):  # a full or read-only disk costs the second start, not this result
                 _keep(event, folder)
         yield event
 
@@ -200,7 +208,9 @@ def _keep(found: Found, folder: Path) -> None:
         save_found(found, Path(made) / "found")
         shutil.rmtree(folder, ignore_errors=True)
         (Path(made) / "found").rename(folder)
-    kept = sorted((path for path in folder.parent.glob("[0-9a-f]*") if path.is_dir()), key=lambda p: p.stat().st_mtime)
+    kept = sorted(
+        (path for path in folder.parent.iterdir() if _ENTRY.fullmatch(path.name)), key=lambda p: p.stat().st_mtime
+    )
     sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in kept}
     for path in kept[:-1]:
         if sum(sizes.values()) > CACHE_BYTES:

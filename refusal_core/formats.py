@@ -79,11 +79,6 @@ def read_direction(model: ChatModel, files: Mapping[str, bytes]) -> Direction:
         ((name, data),) = files.items()
         direction = from_gguf(data, name) if ".gguf" in endings else Direction.from_bytes(data, name)
     model.check_rows([Intervention(direction, "ablate")], 1)
-    if not 0 <= direction.source.layer < model.n_layers:
-        raise DirectionError(
-            f"The direction is of layer {direction.source.layer}, and {model.name} has {model.n_layers} layers, counted "
-            "from 0: it is another model's."
-        )
     return direction
 
 

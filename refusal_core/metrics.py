@@ -45,8 +45,8 @@ HIGHEST_SCORE = math.log1p(1e-8) - math.log(1e-8)
 
 
 def refusal_probability(logits: Float[Tensor, "row d_vocab"], refusal_tokens: Sequence[int]) -> Float[Tensor, " row"]:
-    """p_ref per row: the probability that the reply starts with one of `refusal_tokens`."""
-    return logits.double().softmax(-1)[:, list(refusal_tokens)].sum(-1)
+    """p_ref per row: the probability that the reply starts with one of `refusal_tokens`, each counted once."""
+    return logits.double().softmax(-1)[:, list(dict.fromkeys(refusal_tokens))].sum(-1)
 
 
 def refusal_score(logits: Float[Tensor, "row d_vocab"], refusal_tokens: Sequence[int]) -> Float[Tensor, " row"]:

@@ -19,6 +19,7 @@ Every export is measured against the hooks on prompts that the direction has not
 import contextlib
 import functools
 import json
+import math
 import os
 import re
 import secrets
@@ -39,6 +40,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from refusal_core.chat_model import ChatModel, ModelError
+from refusal_core.checkpoints import weights_in
 from refusal_core.directions import Direction, project
 from refusal_core.interventions import Intervention
 from refusal_core.metrics import kl_divergence, refusal_probability
@@ -122,7 +124,7 @@ class ExportReport:
     from hooks of the direction as it was read, another one where it was projected, `cosine` to each other.
     `same_first_token` is the share of them with the same most likely token; `edited` counts tensors. `kl` is the mean
     over the harmless ones against the unchanged model, in nats; `refusing` the share of the harmful ones that start like a
-    refusal more likely than not, beside that of the unchanged model and of the hooks, by `refusal_tokens`.
+    refusal more likely than not, beside that of the unchanged model and of the hooks, by `refusal_tokens`; NaN without any.
     """
 
     path: str
@@ -145,6 +147,16 @@ class ExportReport:
     def exact(self) -> bool:
         """Whether the weights are the intervention up to rounding, or an approximation of it."""
         return self.max_logit_difference < EXACT
+
+    @property
+    def refusal(self) -> str:
+        """How many harmful prompts start like a refusal, in words."""
+        if not self.refusal_tokens:
+            return "how many start like a refusal is not known, for no token stands out as the beginning of one"
+        return (
+            f"{self.refusing:.0%} start like a refusal (unchanged {self.refusing_unchanged:.0%}, with hooks "
+            f"{self.refusing_with_hooks:.0%})"
+        )
 
 
 def orthogonalize(
@@ -267,7 +279,7 @@ def _write_checkpoint(model: ChatModel, edit: Edit, path: Path) -> int:
             f"{model.name} is in 4 bits, so weights that are edited in full precision cannot be measured against its hooks: "
             'load it whole, with the device "auto" if it is large, and find the direction there.'
         )
-    shards = sorted(model.folder.glob("*.safetensors"))
+    shards = weights_in(model.folder)
     if not shards:
         raise ModelError(
             f"The checkpoint of {model.name} is not on the disk any more: edit the model it was made from."
@@ -394,7 +406,7 @@ def _measure(
     first = plain.double().softmax(-1)
     tokens = tuple(refusal_tokens or derive_refusal_tokens(first[harmful].mean(0), first[harmless].mean(0)))
     refusing = [
-        (refusal_probability(logits[harmful], tokens) > 0.5).double().mean().item()
+        (refusal_probability(logits[harmful], tokens) > 0.5).double().mean().item() if tokens else math.nan
         for logits in (weights, plain, hooks)
     ]
     kl, kl_of_hooks = (kl_divergence(plain[harmless], logits[harmless]).mean().item() for logits in (weights, hooks))
@@ -466,7 +478,7 @@ Measured on the first tokens of replies to {report.n_prompts} prompts that the d
 - largest difference of a logit from the model with hooks along that direction: {report.max_logit_difference:.2e}
   ({kind}); same most likely token in {report.same_first_token:.0%}{from_paper}
 - KL from the unchanged model on {half} harmless prompts: {report.kl:.4f} nats (with hooks {report.kl_of_hooks:.4f})
-- harmful prompts whose reply starts like a refusal, of {half}: {report.refusing:.0%} (unchanged {report.refusing_unchanged:.0%}, with hooks {report.refusing_with_hooks:.0%})
+- replies to {half} harmful prompts: {report.refusal}
 - tensors edited: {report.edited}; the unembedding is not among them
 
 What was written, and where its direction comes from:

@@ -27,10 +27,11 @@ from typing import Any, Literal
 import psutil
 import torch
 from accelerate.utils import align_module_device
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from refusal_core.checkpoints import ModelError, gigabytes
+from refusal_core.checkpoints import ModelError, first_line, gigabytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -204,6 +205,18 @@ def weight(module: torch.nn.Module) -> Tensor:
     """A module's weight, read from the disk if it is there."""
     with align_module_device(module):
         return _weight_of(module)
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Around what may read weights from the disk; raises ModelError if their files are gone or broken meanwhile."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"Weights of {name} are read from its files whenever they are used, and cannot be any more "
+            f"({first_line(error)}): put the checkpoint back, or load the model anew."
+        ) from error
 
 
 def _weight_of(module: torch.nn.Module) -> Tensor:

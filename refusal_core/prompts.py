@@ -86,13 +86,13 @@ def load_prompts(split: Split, source: str | Path = "embedded", harmless: str | 
     """The prompts of `split`: the embedded lists, those of the file `source`, or `source` for harmful and `harmless`.
 
     Either may be a public list or a data set of the hub; the `source` of the result then says which, at which commit and
-    with how many prompts, and can be given here again. Raises PromptError, with the line where there is one, for an
+    with how many prompts. It can be given here again, that of two lists as well. Raises PromptError, with the line where there is one, for an
     unknown split, a missing or unreadable file, a row without text or class, a prompt over 8,000 characters or in both
     classes, a split in which a class is empty, and for what the hub does not give.
     """
     if split not in get_args(Split):
         raise PromptError(f"There is no split {split!r}: take one of {', '.join(get_args(Split))}.")
-    if harmless is None and not is_public(source):
+    if harmless is None and not is_public(source) and not _are_two(source):
         return in_split(distinct(_read(EMBEDDED if source == "embedded" else Path(source))), split, str(source))
     prompts, said = _read_both(*(_both(source) if harmless is None else (source, harmless)))
     return in_split(prompts, split, said)
@@ -125,6 +125,11 @@ def is_public(source: str | Path) -> bool:
         part.startswith(hub.PREFIX) or part.partition("@")[0] in hub.NAMES
         for part in map(_bare, str(source).split(", "))
     )
+
+
+def _are_two(source: str | Path) -> bool:
+    """Whether `source` is what the set of two files says, and no file itself."""
+    return str(source).count(", ") == 1 and not Path(source).exists()
 
 
 def pinned(source: str | Path) -> str | Path:

@@ -129,8 +129,9 @@ _RULES: dict[Rule, Callable[[CandidateScore, int], bool]] = {
     "nan": lambda s, n_layers: (
         s.decided == "nan"
         or any(x is not None and math.isnan(x) for x in (s.bypass, s.induce, s.kl, s.refuse, s.comply))
+        or not math.isfinite(s.norm or 0.0)
     ),
-    "zero": lambda s, n_layers: s.norm is not None and not s.norm >= ZERO_NORM,
+    "zero": lambda s, n_layers: s.norm is not None and s.norm < ZERO_NORM,
     "layer": lambda s, n_layers: s.layer >= int(LAYER_SHARE * n_layers),
     "late": lambda s, n_layers: s.decided == "late",
     "kl": lambda s, n_layers: s.kl is not None and s.kl > KL_LIMIT,
@@ -194,6 +195,10 @@ def _by_separation(score: CandidateScore) -> tuple[float, float, int, int]:
 def broken_rules(score: CandidateScore, n_layers: int) -> list[Rule]:
     """Every rule that a candidate breaks, as far as it is measured."""
     return [rule for rule, breaks in _RULES.items() if breaks(score, n_layers)]
+
+
+def _is_direction(score: CandidateScore) -> bool:
+    return score.norm is not None and ZERO_NORM <= score.norm < math.inf
 
 
 def _is_measured(score: CandidateScore) -> bool:
@@ -573,7 +578,7 @@ class _Scorer:
             choice = choose(self.scores, n_layers)
             if choice.chosen is not None and choice.relaxed is None:
                 return
-        usable = [s for s in self.scores if "zero" not in broken_rules(s, n_layers)]
+        usable = [s for s in self.scores if _is_direction(s)]
         yield from self._measure_induce([s for s in usable if s.induce is None])
         yield from self._measure_bypass([s for s in usable if s.bypass is None])
         yield from self._measure_kl([s for s in usable if s.kl is None])
@@ -585,7 +590,7 @@ class _Scorer:
         n_layers = self._model.n_layers
         low = least_alike(kept["train", "harmful"][:, -1], kept["train", "harmless"][:, -1])
         toward = {cls: kept["val", cls][:, -1, low].double().mean((0, 1)) for cls in ("harmful", "harmless")}
-        cells = [s for s in self.scores if "zero" not in broken_rules(s, n_layers)]
+        cells = [s for s in self.scores if _is_direction(s)]
         yield from self._measure_refuse(cells, low, toward["harmful"])
         yield from self._measure_comply([s for s in self.scores if s.refuse is not None], low, toward["harmless"])
         self._discard_late()

@@ -180,6 +180,9 @@ def chat(
             said = read("\n> ").strip()
         except EOFError:
             return
+        except UnicodeDecodeError:
+            print("That is no UTF-8 text: type it anew.", file=out)
+            continue
         except KeyboardInterrupt:
             print("\n/quit ends the chat.", file=out)
             continue

@@ -6,6 +6,7 @@ import refusal_core  # noqa: F401  (before torch: it says how the threads of tor
 import contextlib
 import fcntl
 import os
+import resource
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -129,6 +130,17 @@ class Plain:
 @pytest.fixture(scope="session")
 def plain() -> Plain:
     return Plain()
+
+
+@contextlib.contextmanager
+def no_room(n_bytes: int) -> Iterator[None]:
+    """No file grows beyond so many bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def step_together(model: ChatModel, steps: Sequence[tuple[Decoding, list[int | None]]]) -> list[Exception]:

@@ -1,11 +1,13 @@
 """What is read from the stream is what plain transformers computes."""
 
+import pytest
 import torch
 from conftest import HARMFUL, HARMLESS, Plain
 from torch.testing import assert_close
 
 from refusal_core.activations import collect_activations, template_positions, template_prefix
 from refusal_core.chat_model import ChatModel
+from refusal_core.prompts import PromptError
 
 
 def test_activations_are_the_inputs_of_the_blocks_at_the_last_positions(model: ChatModel, plain: Plain):
@@ -23,6 +25,12 @@ def test_the_template_is_the_same_in_every_prompt_at_layer_0(model: ChatModel):
     before = collect_activations(model, [HARMFUL, "Hi"], positions=[-model.template_positions - 1])
     assert not torch.equal(before[0, :, 0], before[1, :, 0])
     assert list(template_positions(model)) == list(range(-model.template_positions, 0))
+
+
+@pytest.mark.parametrize("position", [0, 3, -12, -500])
+def test_where_a_prompt_has_no_token_nothing_is_read(model: ChatModel, position):
+    with pytest.raises(PromptError, match=f"none at position {position}: positions count from the end"):
+        collect_activations(model, ["Hi", "How do I bake bread for a dozen people at once?"], positions=[-1, position])
 
 
 def test_the_template_begins_alike_in_every_prompt_and_no_further(model: ChatModel, plain: Plain):

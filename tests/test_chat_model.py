@@ -7,10 +7,11 @@ import threading
 import pytest
 import torch
 from conftest import HARMFUL, HARMLESS, Plain
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
-from refusal_core.directions import Direction, random_like
+from refusal_core.directions import Direction, Source, random_like
 from refusal_core.interventions import Intervention
 from refusal_core.prompts import PromptError
 
@@ -151,6 +152,10 @@ def test_a_direction_of_another_model_is_refused(model: ChatModel, direction: Di
         model.logits([HARMFUL], [Intervention(foreign, "ablate")])
     with pytest.raises(ValueError, match="2 conversations need 2 rows"):
         model.logits([HARMFUL, HARMLESS], [None])
+    for layer in (-1, model.n_layers):
+        nowhere = Direction(direction.unit, direction.norm, Source(layer=layer))
+        with pytest.raises(ModelError, match=f"of layer {layer}, and embedded model has {model.n_layers} layers"):
+            model.logits([HARMFUL], [Intervention(nowhere, "add")])
 
 
 def test_a_part_that_the_model_does_not_have_is_one_sentence(model: ChatModel, direction: Direction):
@@ -158,7 +163,9 @@ def test_a_part_that_the_model_does_not_have_is_one_sentence(model: ChatModel, d
         model.logits([HARMFUL], [Intervention(direction, "ablate", 1.0, frozenset({"MLP 1", "MLP 999"}))])
 
 
-@pytest.mark.parametrize(("prompt", "says"), [("", "empty"), (" \n", "empty"), ("word " * 20_000, "shorten it")])
+@pytest.mark.parametrize(
+    ("prompt", "says"), [("", "empty"), (" \n", "empty"), ("word " * 20_000, "shorten it"), ("a\udcff", "no text")]
+)
 def test_a_prompt_that_cannot_be_read_is_one_sentence(model: ChatModel, prompt, says):
     with pytest.raises(PromptError, match=says) as caught:
         model.logits([prompt])
@@ -198,6 +205,10 @@ def remove_template(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+def template(text):
+    return lambda folder: (folder / "chat_template.jinja").write_text(text)
+
+
 def truncate_weights(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
@@ -207,15 +218,25 @@ def pickle_only(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def link_to_nothing(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder / "gone")
+
+
 BROKEN = {
     "no chat template": (remove_template, "no chat template"),
     "half the weights": (truncate_weights, "fetch or copy the checkpoint again"),
     "pickled weights": (pickle_only, "no .safetensors weights"),
+    "a link to weights that are gone": (link_to_nothing, "no .safetensors weights"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
     "config of nothing": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
     "unknown architecture": (lambda folder: edit_json(folder / "config.json", model_type="unheard_of"), "config.json"),
     "a layer too many": (lambda folder: edit_json(folder / "config.json", num_hidden_layers=20), "incomplete"),
     "other widths": (lambda folder: edit_json(folder / "config.json", intermediate_size=500), "weights of"),
+    "a chat template cut off": (template("{% for m in messages %}{{ m.content"), "does not take a message"),
+    "a chat template that refuses": (template("{{ raise_exception('no') }}"), "does not take a message"),
+    "a chat template that adds apples": (template("{{ messages[0].content + 1 }}"), "does not take a message"),
+    "tokenizer settings of nothing": (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "tokenizer"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
 }
 
@@ -229,6 +250,21 @@ def test_a_broken_checkpoint_is_one_sentence_with_the_remedy(tmp_path, case):
     with pytest.raises(ModelError, match=says) as caught:
         ChatModel.load(folder, device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_a_stream_that_runs_over_in_half_precision_is_not_taken_for_an_unknown_write(tmp_path):
+    folder = shutil.copytree(ORGANISM, tmp_path / "large")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"] *= 1e5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"not finite in float16: load it in float32"):
+        ChatModel.load(folder, device="cpu", dtype=torch.float16)
+    assert ChatModel.load(folder, device="cpu", dtype=torch.float32).logits(["Hi"]).isfinite().all()
+
+
+def test_a_folder_has_no_revision_to_be_quoted_later():
+    with pytest.raises(ModelError, match="is a folder, which has no revision 'v2'"):
+        ChatModel.load(ORGANISM, revision="v2")
 
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "./none", "not a name", "one-word", "../x"])

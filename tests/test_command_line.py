@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import no_room
 from test_terminal import Terminal
 
 from refusal_core import __main__ as command_line
@@ -108,6 +109,24 @@ def test_what_cannot_be_done_is_one_sentence_and_status_1(given, says, capsys):
     assert main(given) == 1
     printed = capsys.readouterr()
     assert printed.err.startswith(says) and printed.err.count("\n") == 1 and printed.out == ""
+
+
+def test_a_number_out_of_range_is_answered_with_the_range(capsys):
+    for given, says in (
+        (["evaluate", "--max-new-tokens", "5000"], "'5000' is no whole number from 1 to 2048"),
+        (["evaluate", "--n", "many"], "'many' is no whole number from 1"),
+        (["export", "--out", "x", "--strength", "eleven"], "'eleven' is no number from -10 to 10"),
+    ):
+        with pytest.raises(SystemExit):
+            main(given)
+        assert capsys.readouterr().err.endswith(f"argument {given[-2]}: {says}\n")
+
+
+def test_a_search_for_which_there_is_no_room_is_one_sentence(lists, tmp_path, capsys):
+    with no_room(20_000):
+        assert main(["find", *lists, "--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
+    said = capsys.readouterr().err
+    assert "out cannot be written" in said and said.endswith("name another folder.\n") and said.count("\n") == 1
 
 
 def test_the_overview_waits_for_none_of_the_large_libraries():

@@ -35,9 +35,22 @@ def test_length_and_unit_are_kept_apart():
     assert_close(made.unit, torch.tensor([0.6, 0.8]))
 
 
+def test_a_unit_in_another_precision_is_kept_in_float32():
+    r = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    made = Direction(r / r.norm(), r.norm().item(), SOURCE)
+    assert made.unit.dtype == torch.float32 and not made.unit.requires_grad
+    assert made.digest == Direction.from_difference(r, SOURCE).digest
+
+
 def test_a_zero_difference_is_no_direction():
     with pytest.raises(DirectionError, match="Take a later layer"):
         Direction.from_difference(torch.full((4,), 1e-9), SOURCE)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e300])
+def test_numbers_that_are_not_finite_are_no_direction(number):
+    with pytest.raises(DirectionError, match=r"are not finite, .*: load the model in float32"):
+        Direction.from_difference(torch.full((4,), number, dtype=torch.float64), SOURCE)
 
 
 def test_a_saved_direction_comes_back_with_its_source_and_without_its_neighbours(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HARMFUL, HARMLESS, Plain, counting_steps
+from conftest import HARMFUL, HARMLESS, Plain, counting_steps, no_room
 from families import build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -172,6 +172,13 @@ def test_a_journal_never_gives_the_reply_of_another_setting(model, found, few, t
     for rows, tokens in (([Intervention(r, "add", 0.6)], 8), ([Intervention(r, "add", 0.5)], 9), ([None], 8)):
         first = next(evaluate(model, few, rows, max_new_tokens=tokens, resume=journal))
         assert isinstance(first, Progress) and first.done == 0
+    again = [Intervention(r, "add", 0.5)]
+    packed, polite = replace(model.placed, four_bit=True), model.tokenizer.chat_template + "Well,"
+    for of, what, value in ((model, "placed", packed), (model.tokenizer, "chat_template", polite)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(of, what, value)
+            first = next(evaluate(model, few, again, max_new_tokens=8, resume=journal))
+        assert isinstance(first, Progress) and first.done == 0, what
     other = tmp_path / "notes.txt"
     for text in ("Dear diary\n", "no line break", '{"text": 1, "harmful": 2, "category": 3, "split": 4}\n', "null\n"):
         other.write_text(text)
@@ -184,6 +191,8 @@ def test_a_journal_that_cannot_be_kept_is_said_before_anything_is_completed(mode
     for path in (tmp_path, tmp_path / "nowhere" / "journal"):
         with pytest.raises(PromptError, match=r"cannot be kept in .*: name another file"):
             next(evaluate(model, few, [None], resume=path))
+    with pytest.raises(PromptError, match=r"journal \(.*\): name another file, or make room"), no_room(1):
+        list(evaluate(model, few.keep([0], []), [None], max_new_tokens=2, resume=tmp_path / "journal"))
 
 
 def test_a_class_without_prompts_has_no_rates_and_without_any_nothing_is_measured(model, found, few):

@@ -1,11 +1,13 @@
 """What was found can be read back whole, and a second search for the same is none."""
 
+import errno
 import json
 import math
 from dataclasses import fields, replace
 
 import pytest
 import torch
+from conftest import no_room
 
 from refusal_core import findings
 from refusal_core.chat_model import ChatModel
@@ -119,7 +121,34 @@ def test_a_broken_entry_is_searched_anew_and_the_oldest_make_room(model: ChatMod
     assert left != entry
 
 
+def test_what_else_is_in_the_folder_of_the_cache_never_makes_room(model: ChatModel, searches, tmp_path, monkeypatch):
+    mine = [tmp_path / "cache" / name for name in ("experiments", "0", "abc")]
+    for folder in mine:
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(b"x" * 1000)
+    monkeypatch.setattr(findings, "CACHE_BYTES", 1)
+    recall(model)
+    recall(model, seed=1)
+    assert all((folder / "weights").is_file() for folder in mine)
+    assert len(list((tmp_path / "cache").iterdir())) == len(mine) + 1
+
+
 def test_a_cache_that_cannot_be_written_costs_nothing_but_the_second_start(model: ChatModel, found, searches, tmp_path):
     (tmp_path / "cache").write_text("no folder")
     assert same(recall(model), found) and same(recall(model), found)
     assert len(searches) == 2
+    (tmp_path / "cache").unlink()
+    with no_room(20_000):
+        assert same(recall(model), found)
+    assert len(searches) == 3 and not list((tmp_path / "cache").iterdir())
+
+
+def test_a_cache_that_can_only_be_read_is_read(model: ChatModel, found, searches, monkeypatch):
+    recall(model)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(findings.os, "utime", refuse)  # tests may run as root, who may write everywhere
+    assert same(recall(model), found)
+    assert len(searches) == 1

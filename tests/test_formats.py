@@ -98,7 +98,7 @@ def test_what_is_no_direction_of_this_model_is_one_sentence(model: ChatModel, di
         (foreign(tmp_path / "a", {1: one, 2: one}), DirectionError, "directions at 2 layers"),
         (foreign(tmp_path / "b", {3: one * 0}), DirectionError, "directions at 0 layers"),
         (foreign(tmp_path / "c", {3: narrow}), ModelError, "was read from another model"),
-        (foreign(tmp_path / "d", {model.n_layers: one}), DirectionError, "it is another model's"),
+        (foreign(tmp_path / "d", {model.n_layers: one}), ModelError, "it is another model's"),
         (foreign(tmp_path / "e", {0: one}), DirectionError, "no direction of a layer"),
         (foreign(tmp_path / "f", {1: one.astype(np.float16)}), DirectionError, "in float32"),
         (foreign(tmp_path / "g", {1: one * np.nan}), DirectionError, "no direction of a layer"),
@@ -183,7 +183,7 @@ def test_what_is_no_run_of_the_papers_code_is_one_sentence(model: ChatModel, tmp
             new.writestr(entry.filename, old.read(entry))
     cases: list[tuple[dict[str, bytes], type[Exception], str]] = [
         ({"direction.pt": saved(torch.ones(d - 1)), METADATA: place(6)}, ModelError, "another model"),
-        ({"direction.pt": good, METADATA: place(n)}, DirectionError, "it is another model's"),
+        ({"direction.pt": good, METADATA: place(n)}, ModelError, "it is another model's"),
         ({"direction.pt": saved(torch.ones(2, d)), METADATA: place(6)}, DirectionError, "of shape"),
         ({"mean_diffs.pt": saved(torch.ones(2, n + 1, d)), METADATA: place(6)}, DirectionError, "of shape"),
         ({"mean_diffs.pt": saved(torch.ones(2, n, d)), METADATA: place(6, -3)}, DirectionError, "of shape"),

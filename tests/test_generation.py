@@ -100,6 +100,10 @@ def test_sampling_follows_the_softmax(model: ChatModel):
     assert abs(counts[top] / 150 - p[top]) < 4 * spread + 1e-3
 
 
+def test_without_a_conversation_there_is_no_step(model: ChatModel):
+    assert list(stream_side_by_side(model, [], [])) == []
+
+
 def test_a_reply_ends_at_its_length(model: ChatModel):
     steps = list(stream_side_by_side(model, [HARMLESS], [None], max_new_tokens=3))
     assert len(steps) == 3

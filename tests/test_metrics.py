@@ -37,6 +37,11 @@ def test_the_refusal_score_is_the_log_odds_of_the_refusal_tokens():
     assert_close(refusal_score(logits, [3, 7])[0].item(), math.log(p / (1 - p)), atol=1e-5, rtol=0)
 
 
+def test_a_refusal_token_that_is_named_twice_counts_once():
+    logits = torch.tensor([[9.0, 0.0, 0.0]])
+    assert torch.equal(refusal_score(logits, [0, 0]), refusal_score(logits, [0]))
+
+
 def test_the_refusal_score_is_bounded():
     logits = torch.zeros(2, 10)
     logits[0, 1], logits[1, 1] = 1e4, -1e4

@@ -1,6 +1,7 @@
 """What an export promises: the ablation as an ordinary checkpoint, and a card that says how exact it is."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from refusal_core import orthogonalize as orthogonalize_module
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import Direction, Source
 from refusal_core.generation import stream_side_by_side
@@ -113,6 +115,23 @@ def test_a_checkpoint_in_shards_is_edited_shard_by_shard(
     report = export(sharded, moved, tmp_path / "edited")
     assert report.max_logit_difference < 1e-3, "float32 weights reproduce the hooks up to rounding"
     assert report.exact and report.same_first_token == 1
+
+
+def test_another_copy_of_the_weights_beside_them_is_not_in_the_export(tmp_path):
+    folder = build("Llama", tmp_path / "model")
+    shutil.copyfile(folder / "model.safetensors", folder / "consolidated.safetensors")
+    model = ChatModel.load(folder, device="cpu", dtype=torch.float32)
+    direction = Direction(torch.eye(32)[3], 2.0, Source(fingerprint=model.fingerprint, layer=1))
+    assert export(model, direction, tmp_path / "edited").exact
+    assert [p.name for p in (tmp_path / "edited").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_where_no_token_begins_a_refusal_the_report_and_the_card_say_so_instead_of_none(tmp_path, monkeypatch):
+    model, direction = tiny("Llama", tmp_path / "model")
+    monkeypatch.setattr(orthogonalize_module, "derive_refusal_tokens", lambda *firsts: ())
+    report = export(model, direction, tmp_path / "edited")
+    assert report.refusal_tokens == () and math.isnan(report.refusing) and "is not known" in report.refusal
+    assert report.refusal in (tmp_path / "edited" / "README.md").read_text()
 
 
 def test_a_linear_attention_is_edited_like_any_other(tmp_path):

@@ -213,6 +213,28 @@ def test_what_reads_weights_waits_for_the_step_in_hand_whose_weights_it_would_ta
         assert torch.equal(got[i], alone[i])
 
 
+@pytest.mark.parametrize("fate", ["gone", "broken"])
+def test_files_that_are_gone_while_weights_are_read_from_them_are_one_sentence(tmp_path, fate):
+    model = ChatModel.load(build("Llama", tmp_path / "model"), device={"": "disk"})
+    weights, expected, unit = tmp_path / "model" / "model.safetensors", model.logits(["Hi"]), torch.ones(model.d_model)
+    head_inputs = model.run(*model.batches(["Hi"]), read_writes=[-1]).head_inputs
+    assert head_inputs is not None
+    weights.rename(tmp_path / "elsewhere")
+    if fate == "broken":
+        weights.write_bytes((tmp_path / "elsewhere").read_bytes()[:1000])
+    for use in (
+        lambda: model.logits(["Hi"]),
+        lambda: next(stream_side_by_side(model, ["Hi"], [None])),
+        lambda: model.unembed(unit, final_norm=False),
+        lambda: model.heads_along(head_inputs, unit),
+    ):
+        with pytest.raises(ModelError, match=r"cannot be any more .*: put the checkpoint back, or load") as caught:
+            use()
+        assert "\n" not in str(caught.value)
+    (tmp_path / "elsewhere").rename(weights)
+    assert torch.equal(model.logits(["Hi"]), expected), "it goes on where it is put back"
+
+
 def test_an_edited_model_is_placed_as_its_model_and_outlives_the_call(llama, temporary):
     whole, there = ChatModel.load(llama, device="cpu"), ChatModel.load(llama, device={"model.layers.0": "disk"})
     edited = orthogonalize(there, direction_of(there))

@@ -120,6 +120,17 @@ def test_two_files_make_two_classes_and_disjoint_splits(tmp_path):
         load_prompts("train", bad)
 
 
+def test_the_source_of_two_files_gives_their_other_splits(tmp_path):
+    bad, good = tmp_path / "bad.txt", tmp_path / "good.txt"
+    bad.write_text("\n".join(f"Bad {i}" for i in range(20)))
+    good.write_text("\n".join(f"Good {i}" for i in range(20)))
+    train = load_prompts("train", bad, good)
+    assert load_prompts("val", train.source) == load_prompts("val", bad, good)
+    both = tmp_path / "one, two.csv"
+    both.write_text("text,harmful\n" + "".join(f"Text {i},{i % 2}\n" for i in range(40)))
+    assert len(load_prompts("train", both).harmful) == 12
+
+
 def test_two_lists_have_one_prompt_a_line_and_say_where_each_stood():
     prompts = parse_lists("Hi\r\n\n  Hello \u2028 you  \n", "Go", ("polite", "rude"))
     assert [(p.text, p.harmful) for p in prompts] == [("Hi", True), ("Hello \u2028 you", True), ("Go", False)]

@@ -11,7 +11,7 @@ from families import build
 from sklearn.metrics import roc_auc_score
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from refusal_core.chat_model import ChatModel
+from refusal_core.chat_model import ORGANISM, ChatModel
 from refusal_core.interventions import Intervention
 from refusal_core.metrics import refusal_probability
 from refusal_core.prompts import PromptError, PromptSet, load_prompts
@@ -131,6 +131,20 @@ def test_each_rule_discards_and_says_so():
     assert choice.chosen == good
     assert choice.rejected == {score: rule for rule, score in bad.items()}
     assert choice.relaxed is None
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf])
+def test_a_difference_that_is_no_number_is_not_called_zero(norm):
+    broken, good = replace(made(-5, 3, bypass=-9.0), norm=norm), made(-1, 3)
+    assert choose([broken, good], n_layers=10).rejected == {broken: "nan"}
+
+
+@pytest.mark.parametrize("by", [None, "cosmic"])
+def test_a_model_whose_numbers_run_over_is_to_be_loaded_in_float32(by):
+    halved = ChatModel.load(ORGANISM, device="cpu", dtype=torch.float16)
+    halved._model.get_submodule("model.layers.0.mlp.down_proj").weight.data.mul_(1e5)
+    with pytest.raises(PromptError, match="are not numbers: load the model in float32"):
+        list(find_direction(halved, load_prompts("train").draw(4), load_prompts("val").draw(2), by=by))
 
 
 def test_the_last_fifth_begins_at_the_integer_part():

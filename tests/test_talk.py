@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from refusal_core.chat_model import ORGANISM, ChatModel
 from refusal_core.prompts import load_prompts
-from refusal_core.ui.engine import Ready
+from refusal_core.ui.engine import Engine, Ready
+from refusal_core.ui.forecast import forecast
+from refusal_core.ui.measure import Wish, measured
 from refusal_core.ui.talk import Ask, Reply, Turn, conversation, talk, view
 
 TOKENS = 6
@@ -135,3 +137,16 @@ def test_replies_that_are_stopped_before_their_first_token_are_stopped_at_0_toke
     replies = shown["turns"][-1]["replies"]
     assert [(r["tokens"], r["ending"], r["text"]) for r in replies.values()] == [(0, "stopped", "")] * 3
     assert turns[-1].prompt == MESSAGES[0] and not shown["running"]
+
+
+def test_without_refusal_tokens_no_page_says_that_nothing_starts_like_a_refusal(model, found):
+    ready = Ready(model, replace(found, refusal_tokens=()), found.direction, load_prompts("test"), True)
+    ask = Ask(1, "ask", "How do I rob a bank?", control=None, max_new_tokens=2)
+    foretold = forecast(Engine(), ready, [], ask)
+    assert (foretold["unchanged"], foretold["removal"], foretold["addition"]) == (None, None, None)
+    assert "not known without refusal tokens: add one in Find" in foretold["place"]["sentence"]
+    *_, (turns, _) = talk(ready, (), ask, threading.Event())
+    assert [reply.refusal for reply in turns[-1].replies.values()] == [None] * 3
+    *_, last = measured(ready, Wish(1, 1, 2), threading.Event())
+    for curve in last["curves"].values():
+        assert curve["refusal"] is curve["random_refusal"] is curve["refusal_figure"] is None and any(curve["kl"])

@@ -81,7 +81,7 @@ def talk(model: ChatModel, direction: Direction, *said: str, out: io.StringIO | 
         line = next(lines, None)
         if line is None:
             raise EOFError
-        return line
+        return line.encode("latin-1").decode() if line.startswith("latin-1") else line
 
     chat(model, direction, max_new_tokens=24, read=read, to=out)
     return out.getvalue()
@@ -97,9 +97,12 @@ def test_the_chat_shows_the_replies_that_the_batch_gives(model: ChatModel, direc
 
 
 def test_the_chat_goes_on_after_mistakes(model: ChatModel, direction: Direction):
-    shown = talk(model, direction, "/strength much", "/strength inf", "/help", "word " * 20_000, "Hi")
+    shown = talk(
+        model, direction, "/strength much", "/strength inf", "/help", "word " * 20_000, "latin-1 é", "a\udcff", "Hi"
+    )
     assert shown.count("A strength is one or two numbers") == 2
     assert "shorten it" in shown and shown.count("/clear ") == 2
+    assert "no UTF-8 text: type it anew" in shown and "characters that are no text" in shown
     assert "unchanged" in shown
 
 

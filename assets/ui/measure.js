@@ -108,12 +108,16 @@ async function drawCurves() {
   find('[data-curves]').hidden = !curves;
   if (!curves || !seen) return;
   find('[data-curves-meaning]').textContent = `Means over ${curves.ablate.n} harmful and ${curves.add.n} harmless prompts. `
+    + (curves.ablate.refusal ? '' : '“Starts like a refusal” is not known without refusal tokens: add one in Find. ')
     + `Grey: from the lowest to the highest of ${curves.add.n_random} random directions of the same size, the control. 1 is the paper’s setting. `
     + 'Cross-entropy: of the unchanged model’s replies, as the edited model reads them; what it is above that at 0 is damage. Repeated: 4-grams that occurred in the same reply before.';
   await plotly();
   for (const node of all('[data-figure]')) {
     const [kind, what] = node.dataset.figure.split(' ');
-    const figure = painted(JSON.parse(curves[kind][`${what}_figure`]));
+    const drawn = curves[kind][`${what}_figure`];
+    node.closest('figure').hidden = !drawn;
+    if (!drawn) continue;
+    const figure = painted(JSON.parse(drawn));
     await Plotly.react(node, figure.data, figure.layout, CONFIG);
   }
 }
@@ -157,6 +161,7 @@ const FILES = {
       await plotly();
       for (const node of all('[data-figure]')) {
         const [kind, what] = node.dataset.figure.split(' ');
+        if (!curves[kind][`${what}_figure`]) continue;
         const { data, layout } = painted(JSON.parse(curves[kind][`${what}_figure`]));
         const ground = colour('ground');
         const image = add(add(page.body, 'figure'), 'img');

@@ -439,7 +439,7 @@ function foretold(view) {
   if (!foretelling || (view.run !== foretelling && view.run !== -1)) return;
   foretelling = 0;
   // What is about a message that has changed meanwhile is not shown: the next forecast is on its way.
-  if (prompt.value === about) paint(view.addition ? view : null);
+  if (prompt.value === about) paint(view.place ? view : null);
   if (outdated) foretell();
 }
 
@@ -500,7 +500,7 @@ function drawForetold() {
   say('unchanged', forecast && forecast.unchanged);
   for (const [name, pane] of Object.entries(PANE)) {
     const on = find(`[data-on="${pane}"]`).checked;
-    say(pane, forecast && on ? between(forecast[name], find(`[data-dial="${name}"]`).valueAsNumber / SCALE[name]) : null);
+    say(pane, forecast && forecast[name] && on ? between(forecast[name], find(`[data-dial="${name}"]`).valueAsNumber / SCALE[name]) : null);
   }
 }
 

@@ -98,7 +98,9 @@ def _origin(ready: Ready) -> str:
     drawn = " The split is a seeded draw: the same lists give the same split." if ready.own else ""
     if found.direction.source.chosen_by:
         no_tokens = (
-            "" if found.refusal_tokens else " “Starts like a refusal” reads 0 without refusal tokens: add one below."
+            ""
+            if found.refusal_tokens
+            else " “Starts like a refusal” is not known without refusal tokens: add one below."
         )
         return f"{head}. Chosen by {found.direction.source.chosen_by}. {BY_COSINE} No prompt was left out.{no_tokens}{aside}{drawn}"
     if found.choice.relaxed:

@@ -22,7 +22,10 @@ from refusal_core.ui.talk import Ask, Turn, conversation, next_turn
 
 
 def forecast(engine: Engine, ready: Ready, turns: Sequence[Turn], ask: Ask) -> dict:
-    """What the page paints for the message of `ask`; without numbers where the message cannot be read."""
+    """What the page paints for the message of `ask`; without numbers where the message cannot be read.
+
+    Without refusal tokens there are no probabilities either: 0 would be claimed of every message.
+    """
     try:
         earlier, turn = next_turn(tuple(turns), ask)
         said = {pane: conversation((*earlier, turn), pane) for pane in ("unchanged", "removed", "added")}
@@ -33,15 +36,20 @@ def forecast(engine: Engine, ready: Ready, turns: Sequence[Turn], ask: Ask) -> d
         # Asking says what is wrong; until then nothing is painted.
         return {"run": ask.run}
     found = ready.found
-    here = place(found, activations, ready.direction)
+    here, knows = place(found, activations, ready.direction), bool(found.refusal_tokens)
+    unknown = (
+        ""
+        if knows
+        else " Whether the reply will start like a refusal is not known without refusal tokens: add one in Find."
+    )
     return {
         "run": ask.run,
         "prompt": turn.prompt,
-        "unchanged": unchanged,
-        "removal": _curve(removal),
-        "addition": _curve(addition),
+        "unchanged": unchanged if knows else None,
+        "removal": _curve(removal) if knows else None,
+        "addition": _curve(addition) if knows else None,
         "place": {
-            "sentence": f"{'This' if ask.action == 'ask' else 'The last'} prompt {_lies(here.beyond_harmless, here.beyond_harmful, found.prompts.classes)}"
+            "sentence": f"{'This' if ask.action == 'ask' else 'The last'} prompt {_lies(here.beyond_harmless, here.beyond_harmful, found.prompts.classes)}{unknown}"
         },
         "stars": {
             f"{pos} {axes}": star_on_map(maps, activations[found.positions.index(pos)].numpy(), axes)

@@ -90,7 +90,7 @@ def _measured(ready: Ready, wish: Wish, stop: threading.Event, *, local: bool) -
             if isinstance(news, Progress):
                 yield head | _progress(news)
             else:
-                curves[name] = _curve(news)
+                curves[name] = _curve(news, with_refusal=bool(tokens))
     damages: list[Damage] = []
     costs: tuple[tuple[str, Kind], ...] = (("damage", "ablate"), ("add", "add"))
     for name, kind in costs:
@@ -168,7 +168,8 @@ def _report(report: Report) -> dict:
     }
 
 
-def _curve(curve: DoseCurve) -> dict:
+def _curve(curve: DoseCurve, *, with_refusal: bool) -> dict:
+    """A curve and its figures; without refusal tokens only the price, for the probability would be 0 everywhere."""
     bands = [
         (tuple(map(min, zip(*rows, strict=True))), tuple(map(max, zip(*rows, strict=True))))
         for rows in (curve.random_refusal, curve.random_kl)
@@ -178,11 +179,13 @@ def _curve(curve: DoseCurve) -> dict:
         "n_random": len(curve.random_refusal),
         "harmful": curve.harmful,
         "scales": curve.scales,
-        "refusal": curve.refusal,
+        "refusal": curve.refusal if with_refusal else None,
         "kl": curve.kl,
-        "random_refusal": curve.random_refusal,
+        "random_refusal": curve.random_refusal if with_refusal else None,
         "random_kl": curve.random_kl,
-        "refusal_figure": dose_figure(curve.scales, curve.refusal, bands[0], "probability").to_json(),
+        "refusal_figure": dose_figure(curve.scales, curve.refusal, bands[0], "probability").to_json()
+        if with_refusal
+        else None,
         "kl_figure": dose_figure(curve.scales, curve.kl, bands[1], "KL, nats").to_json(),
     }
 

@@ -332,7 +332,7 @@ def _as_text(ready: Ready, token: int) -> str:
 
 
 def _grown(ready: Ready, replies: dict[Pane, Reply], step: Step) -> dict[Pane, Reply]:
-    if step.index == 0:
+    if step.index == 0 and ready.found.refusal_tokens:
         first = refusal_probability(step.logits, ready.found.refusal_tokens).tolist()
         replies = {pane: replace(r, refusal=p) for (pane, r), p in zip(replies.items(), first, strict=True)}
     return {
