@@ -3,6 +3,7 @@
 `spaces`, its workers and the page are real; see `zerogpu` for what is not.
 """
 
+import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
@@ -290,6 +291,27 @@ def test_before_there_is_a_visitor_work_without_a_gpu_is_done_here(model, monkey
     with pytest.raises(LendingError, match="All GPUs"):
         once_on_gpu(os.getpid, model=model, seconds=1)
     LocalContext.request.reset(visit)
+
+
+def test_a_worker_loads_a_model_though_it_has_one_thread_of_those_its_page_had(other):
+    ended: list[int | None] = []
+
+    def page():
+        torch.set_num_threads(2)
+        torch.randn(1000, 1000).square().sum()  # from now on two threads wait for work of this one
+        worker = multiprocessing.get_context("fork").Process(target=lending._named, args=((str(other), None),))
+        worker.start()
+        worker.join(60)
+        ended.append(worker.exitcode)
+        worker.kill()
+        worker.join()
+
+    threads = torch.get_num_threads()
+    forking = threading.Thread(target=page)
+    forking.start()
+    forking.join()
+    torch.set_num_threads(threads)
+    assert ended == [0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.int64])
