@@ -5,7 +5,9 @@
 
 import multiprocessing
 import os
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -312,6 +314,22 @@ def test_a_worker_loads_a_model_though_it_has_one_thread_of_those_its_page_had(o
     forking.join()
     torch.set_num_threads(threads)
     assert ended == [0]
+
+
+def test_a_worker_that_cannot_be_asked_to_end_is_gone_as_well(monkeypatch):
+    def stuck():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        theirs.send("stuck")
+        time.sleep(60)
+
+    monkeypatch.setattr(lending, "PATIENCE", 0.5)
+    fork = multiprocessing.get_context("fork")
+    mine, theirs = fork.Pipe(duplex=False)
+    worker = fork.Process(target=stuck)
+    worker.start()
+    assert mine.recv() == "stuck"
+    lending.give_back()
+    assert not Path(f"/proc/{worker.pid}").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.int64])

@@ -127,10 +127,13 @@ def once_on_gpu(work: Callable[..., T], *args: Any, model: ChatModel, seconds: i
 
 def give_back() -> None:
     """Ends the workers: a program that leaves without winding down would leave them behind."""
-    for worker in multiprocessing.active_children():
+    workers = multiprocessing.active_children()
+    for worker in workers:
         worker.terminate()
+    for worker in workers:
         worker.join(PATIENCE)
         worker.kill()
+        worker.join(PATIENCE)  # who is killed is still there for a moment, and for good if nobody asks how it ended
 
 
 # -- in the worker ---------------------------------------------------------------------------------------------------
