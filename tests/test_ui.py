@@ -841,10 +841,29 @@ def test_a_direction_that_only_looks_like_the_rules_has_none_of_its_scores(ready
     assert ready.using_saved(ready.direction).score == ready.score
     for forged in (replace(ready.direction, norm=100 * ready.direction.norm), random_like(ready.direction, 1)):
         assert ready.using_saved(forged).score is None
-    for layer, position in ((999, -1), (1, -60)):
+
+
+def test_a_direction_from_where_the_model_has_no_place_is_one_sentence_wherever_it_comes_from(ready, engines):
+    engines.of(None)._say(ready)
+    handlers, visitor = Handlers(engines, Stops(), 64), gr.Request(session_hash="visitor")
+    here = f"{ready.model.name} has {ready.model.n_layers} layers"
+    for layer, position, kind, says in (
+        (999, -1, ModelError, f"of layer 999, and {here}"),
+        (ready.model.n_layers, -1, ModelError, f"of layer {ready.model.n_layers}, and {here}"),
+        (-1, -1, ModelError, f"of layer -1, and {here}"),
+        (1, -60, DirectionError, "layer 1, position -60, which the map of this model does not have"),
+    ):
         nowhere = replace(ready.direction, source=replace(ready.direction.source, layer=layer, position=position))
-        with pytest.raises(DirectionError, match="which the map of this model does not have"):
+        with pytest.raises(kind, match=says):
             ready.using_saved(nowhere)
+        file = {"name": "saved.safetensors", "data": base64.b64encode(nowhere.to_bytes()).decode()}
+        visit, bar, _ = handlers.load_direction(Visit(), gr.EventData(None, {"files": [file]}))
+        assert visit == Visit() and bar["state"] == "ready" and says in bar["error"]
+        # The visit may be older than the model that now has its name.
+        kept = Visit(direction=nowhere)
+        bar = handlers.cancel_load(kept, visitor)
+        assert bar["state"] == "failed" and says in bar["error"]
+        assert says in handlers.save_direction(kept, gr.EventData(None, {}))["error"]
 
 
 # -- the link ------------------------------------------------------------------------------------------------------

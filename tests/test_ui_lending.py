@@ -3,8 +3,11 @@
 `spaces`, its workers and the page are real; see `zerogpu` for what is not.
 """
 
+import multiprocessing
 import os
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -290,6 +293,43 @@ def test_before_there_is_a_visitor_work_without_a_gpu_is_done_here(model, monkey
     with pytest.raises(LendingError, match="All GPUs"):
         once_on_gpu(os.getpid, model=model, seconds=1)
     LocalContext.request.reset(visit)
+
+
+def test_a_worker_loads_a_model_though_it_has_one_thread_of_those_its_page_had(other):
+    ended: list[int | None] = []
+
+    def page():
+        torch.set_num_threads(2)
+        torch.randn(1000, 1000).square().sum()  # from now on two threads wait for work of this one
+        worker = multiprocessing.get_context("fork").Process(target=lending._named, args=((str(other), None),))
+        worker.start()
+        worker.join(60)
+        ended.append(worker.exitcode)
+        worker.kill()
+        worker.join()
+
+    threads = torch.get_num_threads()
+    forking = threading.Thread(target=page)
+    forking.start()
+    forking.join()
+    torch.set_num_threads(threads)
+    assert ended == [0]
+
+
+def test_a_worker_that_cannot_be_asked_to_end_is_gone_as_well(monkeypatch):
+    def stuck():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        theirs.send("stuck")
+        time.sleep(60)
+
+    monkeypatch.setattr(lending, "PATIENCE", 0.5)
+    fork = multiprocessing.get_context("fork")
+    mine, theirs = fork.Pipe(duplex=False)
+    worker = fork.Process(target=stuck)
+    worker.start()
+    assert mine.recv() == "stuck"
+    lending.give_back()
+    assert not Path(f"/proc/{worker.pid}").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.int64])

@@ -95,7 +95,8 @@ class Ready:
     def using_saved(self, direction: Direction) -> "Ready":
         """The same with a direction from elsewhere in use.
 
-        Raises ModelError for one of another model, DirectionError where there is nothing to use it at.
+        Raises ModelError for one of another model, as one of a layer that this one lacks is, and DirectionError for one
+        whose weights are not named or whose position is not on the map.
         """
         self.model.check_rows([(Intervention(direction, "ablate"),)], 1)
         source = direction.source

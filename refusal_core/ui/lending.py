@@ -127,10 +127,13 @@ def once_on_gpu(work: Callable[..., T], *args: Any, model: ChatModel, seconds: i
 
 def give_back() -> None:
     """Ends the workers: a program that leaves without winding down would leave them behind."""
-    for worker in multiprocessing.active_children():
+    workers = multiprocessing.active_children()
+    for worker in workers:
         worker.terminate()
+    for worker in workers:
         worker.join(PATIENCE)
         worker.kill()
+        worker.join(PATIENCE)  # who is killed is still there for a moment, and for good if nobody asks how it ended
 
 
 # -- in the worker ---------------------------------------------------------------------------------------------------
@@ -146,7 +149,7 @@ def _work(
     kwargs: Mapping[str, Any],
 ) -> Generator[Any, None, None]:
     """What the work yields; an error that says what to do comes last, as a value: `spaces` hands on only an error's name."""
-    torch.set_num_threads(1)  # the others that OpenMP had did not survive the fork: who waits for them waits forever
+    _keep_to_one_thread()
     if torch.cuda.is_available():
         model.to("cuda")
     try:
@@ -156,6 +159,11 @@ def _work(
                 return
     except (PromptError, ModelError, DirectionError) as error:
         yield error
+
+
+def _keep_to_one_thread() -> None:
+    """The others that OpenMP had in the thread that was forked are gone: who waits for them waits forever."""
+    torch.set_num_threads(1)
 
 
 def _answers(work: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
@@ -180,6 +188,7 @@ def _name_of(model: ChatModel) -> Name:
 def _named(name: Name) -> ChatModel:
     if (model := _KNOWN.get(name)) is not None:
         return model
+    _keep_to_one_thread()  # what a worker is sent it reads in its first thread, before it begins to work
     model = _AGAIN[name] = _AGAIN.pop(name, None) or _load(*name)
     while len(_AGAIN) > MOST_AGAIN:
         _AGAIN.pop(next(iter(_AGAIN)))

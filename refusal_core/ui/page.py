@@ -377,17 +377,18 @@ class Handlers:
         return status
 
     def _in_use(self, visit: Visit) -> Status:
+        """The visit's model with its direction in use, and Failed where there is none.
+
+        Also where a model of the same name has been loaded anew, and has no place for the direction of the one before.
+        """
         try:
             status = self._engines.of(visit.model).status
-        except ModelError as error:
-            return Failed(str(error))
-        if not isinstance(status, Ready):
-            return status
-        try:
+            if not isinstance(status, Ready):
+                return status
             status = self._searches.of(visit.search) if visit.search else status
-        except ModelError as error:
+            return status.using_saved(visit.direction) if visit.direction else status.using(visit.cell)
+        except (ModelError, DirectionError) as error:
             return Failed(str(error))
-        return status.using_saved(visit.direction) if visit.direction else status.using(visit.cell)
 
     def _candidates(self, visit: Visit, ready: Ready, error: str = "") -> dict:
         """The candidates, next to what the app itself found for this model."""
