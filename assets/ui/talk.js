@@ -234,8 +234,8 @@ function rest(pane, reply) {
   const share = reply.writers ? `${reply.writers.length} of ${parts.length} parts` : '';
   const tokens = reply.tokens === 1 ? '1 token' : `${reply.tokens} tokens`;
   const end = reply.tokens === null // a server that does not count them
-    ? { stopped: 'stopped', length: 'cut at the longest', end: '' }
-    : { stopped: `stopped at ${tokens}`, length: `cut at ${tokens}`, end: tokens };
+    ? { stopped: 'stopped', length: 'cut at the longest', end: '', filtered: '' }
+    : { stopped: `stopped at ${tokens}`, length: `cut at ${tokens}`, end: tokens, filtered: `cut off at ${tokens}` };
   return [strength, share, end[reply.ending]].filter(Boolean).join(' · ');
 }
 

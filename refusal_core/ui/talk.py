@@ -18,6 +18,7 @@ from refusal_core.chat_model import ModelError
 from refusal_core.directions import random_like
 from refusal_core.endpoints import stream_replies
 from refusal_core.generation import Ending, Step, stream_side_by_side
+from refusal_core.evaluation import judged
 from refusal_core.interventions import Intervention, Row
 from refusal_core.metrics import judge, refusal_probability
 from refusal_core.prompts import PromptError, PromptSet
@@ -439,7 +440,7 @@ def _reply_view(reply: Reply) -> dict:
     }
     if reply.ending is None or (reply.ending == "stopped" and not reply.text):
         return shown
-    verdict = judge(reply.text, "default")
+    verdict = judged(reply.text, reply.ending, "default")
     if reply.ending == "stopped" and not verdict.refused:
         return shown
     return shown | {"verdict": verdict.label, "because": verdict.phrase or verdict.reason}
@@ -449,7 +450,7 @@ def _notice(turn: Turn) -> str:
     """What the replies show taken together, where that needs saying."""
     said = {reply.text for reply in turn.replies.values()}
     changed = [reply for pane, reply in turn.replies.items() if reply.strength and pane != "control"]
-    if changed and len(said) == 1 and all(reply.ending != "stopped" for reply in turn.replies.values()):
+    if changed and len(said) == 1 and not {reply.ending for reply in turn.replies.values()} & {"stopped", "filtered"}:
         return "All panes answered the same: the direction hardly matters for this prompt."
     if (pushed := turn.replies.get("added")) and pushed.ending and "repeats" in judge(pushed.text, "default").reason:
         return f"The text repeats itself: the push is too strong. Try below {pushed.strength:g}×."
