@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import csv
 import json
 import os
 import queue
@@ -1136,6 +1137,11 @@ def test_where_others_can_open_the_page_only_the_offered_models_can_be_loaded(tm
 def test_on_a_space_the_list_is_fixed_replies_are_short_and_the_program_ends_while_they_stream(
     chromium, tmp_path, monkeypatch
 ):
+    table = list(csv.DictReader(saved["CSV"].splitlines()))
+    assert {row["row"] for row in table} == {"unchanged", "direction removed", "direction added"}
+    assert [float(row["strength"]) for row in table[:8]] == [0, 1, -1, 1] * 2
+    for row in table:
+        assert all(float(value) is not None for name, value in row.items() if name not in ("class", "row") and value)
     monkeypatch.setenv("SPACE_ID", "owner/space")
     app = start(tmp_path / "log.txt")
     tab, seen = open_tab(chromium, app)

@@ -129,9 +129,13 @@ function cell(value) {
 }
 
 const FILES = {
+/** What is done in a row, and how strongly: “direction added −1×” is two columns, of which one is a number. */
+const what = (row) => row.replace(/ [−\d.]+×$/, '');
+const strengthOf = (row) => (row === 'unchanged' ? 0 : Number(row.match(/ ([−\d.]+)×$/)?.[1].replace('−', '-') ?? 1));
+
   csv: () => {
     const head = ['class', 'row', 'n', 'refused', 'refused_low', 'refused_high', 'answered', 'answered_low', 'answered_high', 'unclear', 'kl_nats', 'cross_entropy_nats', 'repeated', 'strength'];
-    const rows = report.rates.map((r) => [r.harmful ? 'harmful' : 'harmless', r.row, r.n, r.refused, ...r.refused_interval, r.answered, ...r.answered_interval, r.unclear, r.kl ?? '', r.cross_entropy ?? '', r.repetition ?? '', '']);
+    const rows = report.rates.map((r) => [r.harmful ? 'harmful' : 'harmless', what(r.row), r.n, r.refused, ...r.refused_interval, r.answered, ...r.answered_interval, r.unclear, r.kl ?? '', r.cross_entropy ?? '', r.repetition ?? '', strengthOf(r.row)]);
     for (const [name, row] of curves ? [['damage', 'direction removed'], ['add', 'direction added']] : []) {
       const { n, scales, kl, cross_entropy: ce, repetition } = curves[name];
       rows.push(...scales.map((scale, i) => ['harmless', row, n, ...Array(7).fill(''), kl[i] ?? '', ce[i] ?? '', repetition[i], scale]));
