@@ -1212,3 +1212,25 @@ def test_the_model_asked_for_longest_ago_makes_room(engines, tmp_path):
         engines.of(names[0])
     assert [engines.of(name) for name in names[1:]] == later
     assert engines.load(names[0]) is not first
+def test_before_the_page_is_there_a_sentence_of_its_own_says_so_and_no_bare_loading(chromium, app):
+    def sentence(selector: str) -> str:
+        return tab.evaluate("of => getComputedStyle(document.querySelector(of), '::before').content", selector)
+
+    context = chromium.new_context(color_scheme="dark")
+    tab, held = context.new_page(), []
+    tab.route("**/assets/*.js", held.append)
+    tab.goto(app.url, wait_until="commit")
+    tab.wait_for_selector("gradio-app", state="attached")
+    assert sentence("gradio-app") == '"Refusal is a direction. The page is being set up."'
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 22, 20)"
+    tab.unroute("**/assets/*.js")
+    tab.route("**/theme.css*", lambda route: None)  # Gradio waits for it
+    for route in held:
+        route.continue_()
+    tab.wait_for_selector("p.loading", state="attached")
+    assert sentence("p.loading") == '"Refusal is a direction. The page is being set up."'
+    assert tab.locator("p.loading").evaluate("node => getComputedStyle(node).fontSize") == "0px"
+    assert sentence("gradio-app") == "none"
+    context.close()
+
+
