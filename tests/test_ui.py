@@ -25,7 +25,7 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, BrowserType, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, BrowserType, Locator, Page, expect, sync_playwright
 
 from refusal_core.chat_model import ORGANISM, ModelError
 from refusal_core.directions import DirectionError, random_like
@@ -1232,5 +1232,114 @@ def test_before_the_page_is_there_a_sentence_of_its_own_says_so_and_no_bare_load
     assert tab.locator("p.loading").evaluate("node => getComputedStyle(node).fontSize") == "0px"
     assert sentence("gradio-app") == "none"
     context.close()
+
+
+# -- the keyboard --------------------------------------------------------------------------------------------------
+
+CONTROLS = """part => {
+  const every = [...document.querySelectorAll(`#${part} :is(button, input, select, textarea, summary, a[href], [tabindex="0"])`)];
+  return every.filter(e => e.checkVisibility() && !e.disabled && !(e.type === 'radio' && !e.checked));
+}"""
+"""What can be pressed, chosen or typed into in a part of the page, in its order; of a group of radio buttons the chosen one."""
+
+SHOWN = """() => {
+  const held = document.activeElement;
+  return [held, held.closest('.file')].some(e => e && getComputedStyle(e).outlineStyle !== 'none' && parseFloat(getComputedStyle(e).outlineWidth) >= 2);
+}"""
+
+
+@pytest.mark.parametrize("name", ["Find", "Measure", "Inside"])
+def test_every_control_is_reached_with_tab_in_the_order_of_the_page_and_is_seen_to_have_the_focus(tab, name):
+    OPENERS[name](tab)
+    tab.wait_for_timeout(500)
+    controls = tab.evaluate_handle(CONTROLS, name.lower())
+    count = controls.evaluate("all => all.length")
+    assert count > 3
+    tab.get_by_role("tab", name="Inside").focus()
+    reached = []
+    for _ in range(count):
+        tab.keyboard.press("Tab")
+        reached.append(controls.evaluate("all => all.indexOf(document.activeElement)"))
+        assert tab.evaluate(SHOWN), tab.evaluate("document.activeElement.outerHTML.slice(0, 200)")
+    assert reached == list(range(count))
+
+
+def press(button: Locator, key: str = "Enter") -> None:
+    button.focus()
+    button.page.keyboard.press(key)
+
+
+def test_the_focus_stays_on_what_was_pressed_in_measure(tab):
+    open_measure(tab)
+    tab.get_by_label("test prompts of each class").fill("100")
+    start, cancel = (
+        tab.locator("#measure").get_by_role("button", name=name, exact=True) for name in ("Measure", "Cancel")
+    )
+    press(start)
+    expect(cancel).to_be_visible()
+    expect(start).to_be_focused()
+    expect(start).to_be_disabled()
+    tab.keyboard.press("Tab")
+    expect(cancel).to_be_focused()
+    tab.keyboard.press("Space")
+    expect(cancel).to_be_hidden(timeout=30_000)
+    expect(start).to_be_focused()
+    expect(start).to_be_enabled()
+
+
+def test_the_focus_stays_on_what_was_pressed_in_inside_or_goes_where_the_work_does(tab):
+    open_inside(tab)
+    start, every = (tab.get_by_role("button", name=name) for name in ("Measure the parts", "Patch every part exactly"))
+    press(start)
+    expect(start).to_be_disabled()
+    expect(every).to_be_enabled(timeout=60_000)
+    expect(start).to_be_focused()
+    part = tab.locator("[data-top] button").first
+    press(part, "Space")
+    expect(part).to_have_attribute("aria-pressed", "true")
+    expect(part).to_be_focused()
+    press(tab.get_by_role("button", name="Choose none"))
+    expect(tab.get_by_label("Add a part")).to_be_focused()
+    press(part)
+    press(tab.get_by_role("button", name="Remove only from these"))
+    expect(tab.get_by_role("tab", name="Talk")).to_be_focused()
+    press(tab.get_by_role("button", name="Remove from all"))
+    expect(tab.locator("[data-on='removed']")).to_be_focused()
+    idle(tab)
+
+
+def test_the_focus_goes_to_the_candidate_in_use_where_a_button_of_find_goes(tab, ready):
+    open_find(tab)
+    source = ready.found.direction.source
+    press(tab.locator(f"[data-cell='{source.position} 2']"))
+    expect(tab.locator(f"[data-cell='{source.position} 2'].used")).to_be_focused()
+    reset = tab.get_by_role("button", name="Back to the rule’s choice")
+    expect(reset).to_be_visible()
+    press(reset)
+    expect(reset).to_be_hidden()
+    expect(tab.locator(".cell-button.used")).to_be_focused()
+    fill = tab.get_by_role("button", name="Measure them")
+    if fill.is_visible():
+        press(fill)
+        expect(fill).to_be_disabled()
+        expect(fill).to_be_focused()
+        expect(fill).to_be_hidden(timeout=60_000)
+        expect(tab.locator(".cells-holder")).to_be_focused()
+    tab.get_by_role("tab", name="Talk").click()
+    idle(tab)
+
+
+def test_a_sheet_of_the_bar_is_left_with_escape_and_the_focus_is_where_it_was_opened(tab):
+    for summary in ("[data-model]", "[data-direction]"):
+        press(tab.locator(summary))
+        tab.keyboard.press("Tab")
+        assert tab.evaluate("document.activeElement.closest('details[open]') !== null")
+        tab.keyboard.press("Escape")
+        expect(tab.locator("#bar details[open]")).to_have_count(0)
+        expect(tab.locator(summary)).to_be_focused()
+    press(tab.locator("[data-model]"))
+    press(tab.locator(".model-button").first)
+    expect(tab.locator("#bar details[open]")).to_have_count(0)
+    expect(tab.locator("[data-model]")).to_be_focused()
 
 

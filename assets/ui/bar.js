@@ -6,6 +6,7 @@ function signed(value) {
 }
 
 function drawWaiting({ waiting, state }) {
+  if (!waiting || state !== 'ready') handOn([find('[data-cancel-load]')], find('[data-model]'));
   find('[data-waiting]').hidden = !waiting;
   find('[data-cancel-load]').hidden = state !== 'ready'; // without a model in use there is nothing to go back to
   if (!waiting) return;
@@ -31,6 +32,7 @@ function drawServers(view) {
 
 /** The models to choose from; what is in use is marked. */
 function drawModels(view) {
+  const held = find('[data-offered]').contains(document.activeElement) && document.activeElement.textContent;
   const inUse = view.state === 'ready' ? view.model.name : '';
   find('[data-offered]').replaceChildren(...view.offered.map((name) => {
     const node = make('button', name, 'model-button');
@@ -39,12 +41,13 @@ function drawModels(view) {
     node.addEventListener('click', () => load(name));
     return node;
   }));
+  if (held) all('.model-button').find((node) => node.textContent === held)?.focus();
   find('[data-other]').hidden = !view.any_model;
   if (!inUse) find('[data-model]').textContent = 'none: choose one';
 }
 
 function load(model) {
-  find('[data-models]').open = false;
+  closeSheets();
   if (model.trim()) trigger('load_model', { model: model.trim() });
 }
 
@@ -157,7 +160,10 @@ async function arrive() {
 
 /** An open sheet would cover what is said below the bar. */
 function closeSheets() {
-  all('details[open]').forEach((chip) => { chip.open = false; });
+  all('details[open]').forEach((chip) => {
+    handOn([chip], chip.querySelector('summary'));
+    chip.open = false;
+  });
 }
 
 function note(said) {

@@ -59,6 +59,7 @@ function settings() {
 function confine(names, problem = '') {
   writers = names;
   find('[data-confined]').hidden = !names && !problem;
+  if (!names) handOn([find('[data-everywhere]')], find('[data-on="removed"]'));
   find('[data-everywhere]').hidden = !names;
   find('[data-removed-where]').textContent = names ? `at ${names.length} of ${parts.length} parts` : 'everywhere';
   find('[data-confined-to]').textContent = names ? `Only ${names.length} of ${parts.length} parts are edited: ${listed(names)}.` : problem;
