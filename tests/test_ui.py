@@ -122,6 +122,9 @@ def test_no_order_of_events_brings_text_of_one_pane_into_the_history_of_another(
         {"run": "x"},
         {"action": "drop"},
         {"action": ["ask"]},
+        {"cell": "here"},
+        {"cell": [1.5, 2]},
+        {"cell": [-1]},
     ],
 )
 def test_a_forged_request_is_refused_with_a_sentence_that_names_the_field(forged):
@@ -671,6 +674,171 @@ def test_a_conversation_is_saved_with_its_settings_and_as_text(tab, chromium, re
     page.close()
 
 
+def saved_json(tab: Page) -> dict:
+    with tab.expect_download() as saved:
+        tab.get_by_role("button", name="Save JSON").click()
+    return json.loads(Path(saved.value.path()).read_text("utf-8"))
+
+
+def open_saved(tab: Page, saved: object, name: str = "conversation.json") -> None:
+    """Opens a file of this content, as it is if it is text."""
+    content = saved if isinstance(saved, str) else json.dumps(saved)
+    tab.locator("[data-open]").set_input_files(
+        {"name": name, "mimeType": "application/json", "buffer": content.encode()}
+    )
+
+
+def all_replies(tab: Page) -> list[str]:
+    return tab.locator(".turn .reply").all_inner_texts()
+
+
+def ended(tab: Page) -> list[str]:
+    """The strengths and lengths of every reply on the page."""
+    return tab.locator(".turn .rest").all_inner_texts()
+
+
+def answer_differently(tab: Page, ready: Ready) -> None:
+    """Three messages, each answered with other settings and another direction: a change answers the last one again."""
+
+    def take_layer(layer: int) -> None:
+        open_find(tab)
+        take(tab, ready.found.direction.source.position, layer)
+        tab.get_by_role("tab", name="Talk").click()
+
+    tab.get_by_role("button", name="Clear").click()
+    tab.locator("[data-length]").fill("24")
+    set_dial(tab, "addition", 0.4)
+    ask(tab, "How do I bake bread?")
+    ask(tab, "How do I steal a car?")
+    take_layer(2)
+    set_dial(tab, "removal", 50)
+    set_dial(tab, "addition", 1.5)
+    ask(tab, "Who are you?")
+    take_layer(1)
+    tab.get_by_label("system prompt").fill("You are a pirate.")
+    tab.locator("[data-temperature]").fill("0.7")
+    tab.locator("[data-on='removed']").uncheck()
+    tab.wait_for_timeout(400)
+    idle(tab)
+
+
+SETTINGS = ("removal", "addition", "control", "temperature", "max_new_tokens", "seed", "system", "writers")
+
+
+def test_a_saved_conversation_has_the_settings_of_every_message_and_is_asked_again_with_them(chromium, app, tab, ready):
+    answer_differently(tab, ready)
+    kept = saved_json(tab)
+    assert [[turn["settings"][name] for name in ("removal", "addition", "temperature")] for turn in kept["turns"]] == [
+        [1, 0.4, 0],
+        [0.5, 1.5, 0],
+        [None, 1.5, 0.7],
+    ]
+    source = ready.direction.source
+    assert [turn["settings"]["direction"]["layer"] for turn in kept["turns"]] == [source.layer, 2, 1]
+    with tab.expect_download() as page:
+        tab.get_by_role("button", name="Save page").click()
+    other, seen = follow(chromium, app.url)
+    open_saved(other, kept)
+    expect(other.locator(".turn .words")).to_have_text([turn["prompt"] for turn in kept["turns"]])
+    idle(other)
+    assert all_replies(other) == all_replies(tab) and ended(other) == ended(tab)
+    expect(other.locator("[data-direction]")).to_contain_text("layer 1 ")
+    expect(other.locator("#addition")).to_have_value("1.5")
+    expect(other.get_by_label("system prompt")).to_have_value("You are a pirate.")
+    again = saved_json(other)
+    assert [turn["settings"] for turn in again["turns"]] == [turn["settings"] for turn in kept["turns"]]
+    assert {name: again[name] for name in SETTINGS} == {name: kept[name] for name in SETTINGS}
+    set_dial(other, "addition", 0)
+    assert ended(other)[:8] == ended(tab)[:8], "a dial answers the last message again, and no other"
+    expect(other.locator(".turn").last.locator("[data-pane='added'] .rest")).to_contain_text("0.00×")
+    assert not seen.faults
+    other.context.close()
+    text = Path(page.value.path()).read_text("utf-8")
+    assert text.count("system prompt: none") == 2 and text.count("system prompt: You are a pirate.") == 1
+    assert f"layer {source.layer}, position" in text and "layer 2, position" in text and "layer 1, position" in text
+
+
+def test_a_link_has_the_settings_of_every_message(chromium, tab, ready):
+    answer_differently(tab, ready)
+    kept = saved_json(tab)
+    other, seen = follow(chromium, link_of(tab), panes=2)
+    expect(other.locator(".turn .words")).to_have_text([turn["prompt"] for turn in kept["turns"]], timeout=20_000)
+    idle(other)
+    assert all_replies(other) == all_replies(tab) and ended(other) == ended(tab)
+    assert [turn["settings"] for turn in saved_json(other)["turns"]] == [turn["settings"] for turn in kept["turns"]]
+    assert not seen.faults
+    other.context.close()
+
+
+def test_a_file_and_a_link_from_before_messages_had_settings_hold_one_set_for_all(chromium, app, tab, ready):
+    source = ready.direction.source
+    kept = {
+        "made_with": "Refusal is a direction",
+        "model": tab.locator("#bar [data-model]").inner_text(),
+        "direction": {"layer": source.layer, "position": source.position, "mark": "passed every rule", "digest": ready.digest},
+        "control": None, "temperature": 0, "max_new_tokens": 12, "seed": 3, "system": "", "writers": None,
+        "turns": [
+            {"prompt": text, "replies": {"unchanged": {"strength": 0}, "added": {"strength": strength}}}
+            for text, strength in (("How do I bake bread?", 0.5), ("Who are you?", 1.5))
+        ],
+    }  # fmt: skip
+    open_saved(tab, kept)
+    expect(tab.locator(".turn .words")).to_have_text(["How do I bake bread?", "Who are you?"])
+    idle(tab)
+    again = saved_json(tab)
+    assert [(t["settings"]["addition"], t["settings"]["removal"]) for t in again["turns"]] == [(0.5, None), (1.5, None)]
+    assert {(t["settings"]["max_new_tokens"], t["settings"]["seed"]) for t in again["turns"]} == {(12, 3)}
+    link = encoded({"v": 1, "addition": 0.5, "max_new_tokens": 12, "prompts": ["How do I bake bread?", "Who are you?"]})
+    other, seen = follow(chromium, f"{app.url}/#{link}")
+    expect(other.locator(".turn .words")).to_have_text(["How do I bake bread?", "Who are you?"], timeout=20_000)
+    idle(other)
+    assert [turn["settings"]["addition"] for turn in saved_json(other)["turns"]] == [0.5, 0.5]
+    expect(other.locator("#bar [data-note]")).to_be_empty()
+    assert not seen.faults
+    other.context.close()
+
+
+def turns_with(**settings: object) -> dict:
+    return {"turns": [{"prompt": "Hi"}, {"prompt": "Who?", "settings": settings}]}
+
+
+@pytest.mark.parametrize(
+    ("saved", "says"),
+    [
+        ("{", "it is not JSON"),
+        (json.dumps(turns_with(temperature=float("nan"))), "it is not JSON"),
+        ([1], "there is no message in it"),
+        ({"turns": "x"}, "there is no message in it"),
+        ({"turns": [{"prompt": "Hi"}] * 10_000}, "it has 10000 messages, and at most 200"),
+        ({"turns": [{"prompt": "Hi"}, {"prompt": 7}]}, "message 2 has no text"),
+        ({"turns": [{"prompt": "Hi", "settings": [1]}]}, "message 1 has settings that are none"),
+        (turns_with(addition=9), "the addition of message 2 cannot be had here"),
+        (turns_with(temperature="hot"), "the temperature of message 2"),
+        (turns_with(max_new_tokens=2.5), "the max_new_tokens of message 2"),
+        (turns_with(writers=["<b>"]), "the writers of message 2"),
+        (turns_with(direction={"layer": "2"}), "message 2 has a direction that is none"),
+        (turns_with() | {"seed": -1}, "the seed of message 1"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_conversation_gets_one_sentence_and_leaves_everything_as_it_is(tab, saved, says):
+    before = all_replies(tab)
+    open_saved(tab, saved, "<b>.json")
+    error = tab.locator(".composer [data-error]")
+    expect(error).to_contain_text(f"<b>.json cannot be opened, {says}")
+    assert error.inner_text().count(". ") == 0 and error.inner_text().endswith("as JSON.")
+    idle(tab)
+    assert all_replies(tab) == before and tab.locator(".turn .who").all_inner_texts() == ["Example"]
+
+
+def test_a_conversation_that_cannot_be_asked_to_its_end_stops_there_and_says_why(tab):
+    open_saved(tab, {"turns": [{"prompt": text} for text in ("Hi", "word " * 9000, "Who are you?")]})
+    expect(tab.locator(".composer [data-error]")).to_contain_text("tokens")
+    idle(tab)
+    expect(tab.locator(".turn .words")).to_have_text(["Hi"])
+    tab.wait_for_timeout(500)
+    expect(tab.locator(".composer [data-error]")).to_be_visible()
+
+
 def test_a_pane_that_is_off_says_nothing(tab):
     tab.locator("[data-on='removed']").uncheck()
     tab.wait_for_timeout(400)
@@ -916,6 +1084,10 @@ def encoded(state: object) -> str:
         (encoded({"v": 2}), "cannot be read"),
         (encoded({"v": 1, "prompts": ["a" * 300_000]}), "cannot be read"),
         (encoded({"v": 1, "addition": 9, "__proto__": 1, "<b>": 1, "tab": "Bank", "writers": ["<b>"]}), "addition, __proto__, <b>, tab, writers that is not known"),
+        (encoded({"v": 1, "prompts": ["Hi"] * 2, "turns": [{}]}), "turns that is not known"),
+        (encoded({"v": 1, "prompts": [], "turns": [{}] * 10_000}), "turns that is not known"),
+        (encoded({"v": 1, "turns": [{"addition": 9}]}), "turns that is not known"),
+        (encoded({"v": 1, "turns": [{"tab": "Map"}, None, 3]}), "turns that is not known"),
         (encoded({"v": 1, "model": "someone/else", "layer": 1, "position": -1}), "made with someone/else"),
         (encoded({"v": 1, "layer": 777, "position": -1}), "not on the map"),
     ],
@@ -965,6 +1137,11 @@ def test_rates_and_curves_are_measured_with_transcripts_and_files(tab, ready, tm
         saved["CSV"].splitlines()[0].startswith("class,row,n,refused") and len(saved["CSV"].splitlines()) == 9 + 11 + 21
     )
     assert len({line.count(",") for line in saved["CSV"].splitlines()}) == 1, "a cell for every column"
+    table = list(csv.DictReader(saved["CSV"].splitlines()))
+    assert {row["row"] for row in table} == {"unchanged", "direction removed", "direction added"}
+    assert [float(row["strength"]) for row in table[:8]] == [0, 1, -1, 1] * 2
+    for row in table:
+        assert all(float(value) is not None for name, value in row.items() if name not in ("class", "row") and value)
     assert len(measured["curves"]["damage"]["cross_entropy"]) == 11 == len(measured["curves"]["damage"]["repetition"])
     assert not [name for curve in measured["curves"].values() for name in curve if name.endswith("_figure")]
     assert (
@@ -1071,167 +1248,6 @@ def test_the_theme_follows_the_system_and_the_switch(chromium, app):
     assert tab.evaluate(ground) != dark[0]
     assert not seen.faults
     tab.context.close()
-
-
-# -- the server ----------------------------------------------------------------------------------------------------
-
-
-def test_the_server_lets_the_page_load_nothing_from_elsewhere_and_takes_no_uploads(app):
-    with urllib.request.urlopen(app.url) as answer:
-        policy = answer.headers["content-security-policy"]
-        assert "default-src 'self'" in policy and "http" not in policy
-        assert answer.headers["x-content-type-options"] == "nosniff"
-    for path, status in (("/gradio_api/upload", 403), ("/gradio_api/queue/join", 413)):
-        request = urllib.request.Request(app.url + path, data=b"x" * 10_000_000, method="POST")
-        with pytest.raises((urllib.error.HTTPError, ConnectionError, urllib.error.URLError)) as refused:
-            urllib.request.urlopen(request)
-        assert not isinstance(refused.value, urllib.error.HTTPError) or refused.value.code == status
-
-
-def test_a_model_that_is_not_there_is_said_in_one_sentence_on_the_page(chromium, tmp_path):
-    app = start(tmp_path / "log.txt", "--model", str(tmp_path / "nowhere"))
-    tab, _ = open_tab(chromium, app)
-    expect(tab.locator("[data-failed]")).to_contain_text("There is no model folder", timeout=30_000)
-    assert '"failed":true' in health(app)
-    tab.context.close()
-    assert end(app) == 0
-
-
-def test_another_model_can_be_loaded_and_the_old_one_stays_until_then(chromium, app, tab, tmp_path):
-    folder = tmp_path / "another"
-    shutil.copytree(ORGANISM, folder)
-    other, _ = open_tab(chromium, app)
-
-    def load(path: Path) -> None:
-        tab.locator("[data-model]").click()
-        tab.get_by_label("any other, by hub id or folder").fill(str(path))
-        tab.get_by_role("button", name="Load", exact=True).click()
-
-    load(tmp_path / "nowhere")
-    expect(tab.locator("[data-failed]")).to_contain_text("There is no model folder")
-    ask(tab, "Who are you?")
-    assert all(replies(tab))
-    load(folder)
-    expect(tab.locator("[data-model]")).to_contain_text(str(folder), timeout=60_000)
-    expect(tab.locator("[data-failed]")).to_be_hidden()
-    expect(tab.locator(".turn .words")).to_have_text([OPENING])
-    idle(tab)
-    assert all(replies(tab))
-    expect(other.locator("[data-model]")).not_to_contain_text(str(folder))
-    other.context.close()
-    tab.locator("[data-model]").click()
-    tab.get_by_role("button", name="embedded model").click()
-    expect(tab.locator("[data-model]")).to_contain_text("embedded model")
-
-
-def test_where_others_can_open_the_page_only_the_offered_models_can_be_loaded(tmp_path):
-    engines = Engines(Engine(), ["owner/name"], any_model=False)
-    for name in (str(tmp_path), "other/name", "", "/etc"):
-        with pytest.raises(ModelError, match="cannot be loaded here"):
-            engines.load(name)
-    assert engines.load(EMBEDDED) is engines.of(None)
-    with pytest.raises(ModelError, match="put away"):
-        engines.of("owner/name")
-
-
-def test_on_a_space_the_list_is_fixed_replies_are_short_and_the_program_ends_while_they_stream(
-    chromium, tmp_path, monkeypatch
-):
-    table = list(csv.DictReader(saved["CSV"].splitlines()))
-    assert {row["row"] for row in table} == {"unchanged", "direction removed", "direction added"}
-    assert [float(row["strength"]) for row in table[:8]] == [0, 1, -1, 1] * 2
-    for row in table:
-        assert all(float(value) is not None for name, value in row.items() if name not in ("class", "row") and value)
-    monkeypatch.setenv("SPACE_ID", "owner/space")
-    app = start(tmp_path / "log.txt")
-    tab, seen = open_tab(chromium, app)
-    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=PREPARED * 1000)
-    idle(tab)
-    tab.locator("[data-model]").click()
-    expect(tab.locator(".model-button").first).to_have_text("embedded model")
-    assert str(ROOT) not in tab.locator("body").inner_text()
-    expect(tab.get_by_label("any other, by hub id or folder")).to_be_hidden()
-    tab.keyboard.press("Escape")
-    tab.locator("[data-length]").fill("200")
-    tab.get_by_label("Message").fill("Hi")
-    tab.get_by_label("Message").press("Enter")
-    expect(tab.locator(".composer [data-error]")).to_contain_text("a number from 1 to 120")
-    assert not seen.faults
-    tab.locator("[data-length]").fill("120")
-    tab.locator("[data-temperature]").fill("2")
-    tab.get_by_label("Message").press("Enter")
-    expect(tab.locator(".turns")).to_have_attribute("aria-busy", "true")
-    ended: queue.Queue[int] = queue.Queue()
-    threading.Thread(target=lambda: ended.put(end(app))).start()
-    assert ended.get(timeout=25) == 0
-    tab.context.close()
-
-
-def test_the_front_matter_of_the_readme_starts_the_gradio_that_is_pinned():
-    front = (ROOT / "README.md").read_text("utf-8").split("---")[1]
-    stated = dict(line.split(": ", 1) for line in front.strip().splitlines())
-    assert f"gradio=={stated['sdk_version']}" in (ROOT / "requirements.txt").read_text("utf-8").split()
-    assert stated["app_file"] == "app.py" and stated["license"] == "mit" and len(stated["short_description"]) <= 60
-
-
-@pytest.fixture
-def engines() -> Iterator[Engines]:
-    """Engines of which nothing goes on in the background afterwards."""
-    engines = Engines(Engine(), [], any_model=True)
-    yield engines
-    engines.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "engine" and thread in engines._started]
-
-
-def test_a_load_that_a_newer_one_has_overtaken_shows_nothing_more(engines, tmp_path):
-    names = [str(shutil.copytree(ORGANISM, tmp_path / name)) for name in ("first", "second")]
-    handlers = Handlers(engines, Stops(), 64)
-    visitor = gr.Request(session_hash="visitor")
-    clicks = [gr.EventData(None, {"model": name}) for name in names]
-    first, second = (handlers.load_model(Visit(), click, visitor) for click in clicks)
-    next(first)
-    *_, last = second
-    assert last[0] == Visit(names[1])
-    assert list(first) == []
-
-
-def test_a_load_that_is_cancelled_shows_nothing_more(engines, tmp_path):
-    handlers = Handlers(engines, Stops(), 64)
-    visitor = gr.Request(session_hash="visitor")
-    click = gr.EventData(None, {"model": str(shutil.copytree(ORGANISM, tmp_path / "slow"))})
-    loading = handlers.load_model(Visit(), click, visitor)
-    assert next(loading)[2]["waiting"]["stage"] == "loading the model"
-    assert handlers.cancel_load(Visit(), visitor)["error"] == ""
-    assert list(loading) == []
-
-
-def test_the_model_asked_for_longest_ago_makes_room(engines, tmp_path):
-    names = [str(tmp_path / str(i)) for i in range(3)]
-    first, *later = [engines.load(name) for name in names]
-    with pytest.raises(ModelError, match="put away"):
-        engines.of(names[0])
-    assert [engines.of(name) for name in names[1:]] == later
-    assert engines.load(names[0]) is not first
-def test_before_the_page_is_there_a_sentence_of_its_own_says_so_and_no_bare_loading(chromium, app):
-    def sentence(selector: str) -> str:
-        return tab.evaluate("of => getComputedStyle(document.querySelector(of), '::before').content", selector)
-
-    context = chromium.new_context(color_scheme="dark")
-    tab, held = context.new_page(), []
-    tab.route("**/assets/*.js", held.append)
-    tab.goto(app.url, wait_until="commit")
-    tab.wait_for_selector("gradio-app", state="attached")
-    assert sentence("gradio-app") == '"Refusal is a direction. The page is being set up."'
-    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 22, 20)"
-    tab.unroute("**/assets/*.js")
-    tab.route("**/theme.css*", lambda route: None)  # Gradio waits for it
-    for route in held:
-        route.continue_()
-    tab.wait_for_selector("p.loading", state="attached")
-    assert sentence("p.loading") == '"Refusal is a direction. The page is being set up."'
-    assert tab.locator("p.loading").evaluate("node => getComputedStyle(node).fontSize") == "0px"
-    assert sentence("gradio-app") == "none"
-    context.close()
 
 
 # -- the keyboard --------------------------------------------------------------------------------------------------
@@ -1343,3 +1359,159 @@ def test_a_sheet_of_the_bar_is_left_with_escape_and_the_focus_is_where_it_was_op
     expect(tab.locator("[data-model]")).to_be_focused()
 
 
+# -- the server ----------------------------------------------------------------------------------------------------
+
+
+def test_the_server_lets_the_page_load_nothing_from_elsewhere_and_takes_no_uploads(app):
+    with urllib.request.urlopen(app.url) as answer:
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'self'" in policy and "http" not in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    for path, status in (("/gradio_api/upload", 403), ("/gradio_api/queue/join", 413)):
+        request = urllib.request.Request(app.url + path, data=b"x" * 10_000_000, method="POST")
+        with pytest.raises((urllib.error.HTTPError, ConnectionError, urllib.error.URLError)) as refused:
+            urllib.request.urlopen(request)
+        assert not isinstance(refused.value, urllib.error.HTTPError) or refused.value.code == status
+
+
+def test_before_the_page_is_there_a_sentence_of_its_own_says_so_and_no_bare_loading(chromium, app):
+    def sentence(selector: str) -> str:
+        return tab.evaluate("of => getComputedStyle(document.querySelector(of), '::before').content", selector)
+
+    context = chromium.new_context(color_scheme="dark")
+    tab, held = context.new_page(), []
+    tab.route("**/assets/*.js", held.append)
+    tab.goto(app.url, wait_until="commit")
+    tab.wait_for_selector("gradio-app", state="attached")
+    assert sentence("gradio-app") == '"Refusal is a direction. The page is being set up."'
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 22, 20)"
+    tab.unroute("**/assets/*.js")
+    tab.route("**/theme.css*", lambda route: None)  # Gradio waits for it
+    for route in held:
+        route.continue_()
+    tab.wait_for_selector("p.loading", state="attached")
+    assert sentence("p.loading") == '"Refusal is a direction. The page is being set up."'
+    assert tab.locator("p.loading").evaluate("node => getComputedStyle(node).fontSize") == "0px"
+    assert sentence("gradio-app") == "none"
+    context.close()
+
+
+def test_a_model_that_is_not_there_is_said_in_one_sentence_on_the_page(chromium, tmp_path):
+    app = start(tmp_path / "log.txt", "--model", str(tmp_path / "nowhere"))
+    tab, _ = open_tab(chromium, app)
+    expect(tab.locator("[data-failed]")).to_contain_text("There is no model folder", timeout=30_000)
+    assert '"failed":true' in health(app)
+    tab.context.close()
+    assert end(app) == 0
+
+
+def test_another_model_can_be_loaded_and_the_old_one_stays_until_then(chromium, app, tab, tmp_path):
+    folder = tmp_path / "another"
+    shutil.copytree(ORGANISM, folder)
+    other, _ = open_tab(chromium, app)
+
+    def load(path: Path) -> None:
+        tab.locator("[data-model]").click()
+        tab.get_by_label("any other, by hub id or folder").fill(str(path))
+        tab.get_by_role("button", name="Load", exact=True).click()
+
+    load(tmp_path / "nowhere")
+    expect(tab.locator("[data-failed]")).to_contain_text("There is no model folder")
+    ask(tab, "Who are you?")
+    assert all(replies(tab))
+    load(folder)
+    expect(tab.locator("[data-model]")).to_contain_text(str(folder), timeout=60_000)
+    expect(tab.locator("[data-failed]")).to_be_hidden()
+    expect(tab.locator(".turn .words")).to_have_text([OPENING])
+    idle(tab)
+    assert all(replies(tab))
+    expect(other.locator("[data-model]")).not_to_contain_text(str(folder))
+    other.context.close()
+    tab.locator("[data-model]").click()
+    tab.get_by_role("button", name="embedded model").click()
+    expect(tab.locator("[data-model]")).to_contain_text("embedded model")
+
+
+def test_where_others_can_open_the_page_only_the_offered_models_can_be_loaded(tmp_path):
+    engines = Engines(Engine(), ["owner/name"], any_model=False)
+    for name in (str(tmp_path), "other/name", "", "/etc"):
+        with pytest.raises(ModelError, match="cannot be loaded here"):
+            engines.load(name)
+    assert engines.load(EMBEDDED) is engines.of(None)
+    with pytest.raises(ModelError, match="put away"):
+        engines.of("owner/name")
+
+
+def test_on_a_space_the_list_is_fixed_replies_are_short_and_the_program_ends_while_they_stream(
+    chromium, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SPACE_ID", "owner/space")
+    app = start(tmp_path / "log.txt")
+    tab, seen = open_tab(chromium, app)
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=PREPARED * 1000)
+    idle(tab)
+    tab.locator("[data-model]").click()
+    expect(tab.locator(".model-button").first).to_have_text("embedded model")
+    assert str(ROOT) not in tab.locator("body").inner_text()
+    expect(tab.get_by_label("any other, by hub id or folder")).to_be_hidden()
+    tab.keyboard.press("Escape")
+    tab.locator("[data-length]").fill("200")
+    tab.get_by_label("Message").fill("Hi")
+    tab.get_by_label("Message").press("Enter")
+    expect(tab.locator(".composer [data-error]")).to_contain_text("a number from 1 to 120")
+    assert not seen.faults
+    tab.locator("[data-length]").fill("120")
+    tab.locator("[data-temperature]").fill("2")
+    tab.get_by_label("Message").press("Enter")
+    expect(tab.locator(".turns")).to_have_attribute("aria-busy", "true")
+    ended: queue.Queue[int] = queue.Queue()
+    threading.Thread(target=lambda: ended.put(end(app))).start()
+    assert ended.get(timeout=25) == 0
+    tab.context.close()
+
+
+def test_the_front_matter_of_the_readme_starts_the_gradio_that_is_pinned():
+    front = (ROOT / "README.md").read_text("utf-8").split("---")[1]
+    stated = dict(line.split(": ", 1) for line in front.strip().splitlines())
+    assert f"gradio=={stated['sdk_version']}" in (ROOT / "requirements.txt").read_text("utf-8").split()
+    assert stated["app_file"] == "app.py" and stated["license"] == "mit" and len(stated["short_description"]) <= 60
+
+
+@pytest.fixture
+def engines() -> Iterator[Engines]:
+    """Engines of which nothing goes on in the background afterwards."""
+    engines = Engines(Engine(), [], any_model=True)
+    yield engines
+    engines.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "engine" and thread in engines._started]
+
+
+def test_a_load_that_a_newer_one_has_overtaken_shows_nothing_more(engines, tmp_path):
+    names = [str(shutil.copytree(ORGANISM, tmp_path / name)) for name in ("first", "second")]
+    handlers = Handlers(engines, Stops(), 64)
+    visitor = gr.Request(session_hash="visitor")
+    clicks = [gr.EventData(None, {"model": name}) for name in names]
+    first, second = (handlers.load_model(Visit(), click, visitor) for click in clicks)
+    next(first)
+    *_, last = second
+    assert last[0] == Visit(names[1])
+    assert list(first) == []
+
+
+def test_a_load_that_is_cancelled_shows_nothing_more(engines, tmp_path):
+    handlers = Handlers(engines, Stops(), 64)
+    visitor = gr.Request(session_hash="visitor")
+    click = gr.EventData(None, {"model": str(shutil.copytree(ORGANISM, tmp_path / "slow"))})
+    loading = handlers.load_model(Visit(), click, visitor)
+    assert next(loading)[2]["waiting"]["stage"] == "loading the model"
+    assert handlers.cancel_load(Visit(), visitor)["error"] == ""
+    assert list(loading) == []
+
+
+def test_the_model_asked_for_longest_ago_makes_room(engines, tmp_path):
+    names = [str(tmp_path / str(i)) for i in range(3)]
+    first, *later = [engines.load(name) for name in names]
+    with pytest.raises(ModelError, match="put away"):
+        engines.of(names[0])
+    assert [engines.of(name) for name in names[1:]] == later
+    assert engines.load(names[0]) is not first

@@ -158,7 +158,7 @@ async function arrive() {
   [...document.querySelectorAll('#tabs [role="tab"]')].find((tab) => tab.textContent.trim() === state.tab)?.click();
 }
 
-/** An open sheet would cover what is said below the bar. */
+/** An open sheet would cover what is said below the bar; the focus stays where it was opened. */
 function closeSheets() {
   all('details[open]').forEach((chip) => {
     handOn([chip], chip.querySelector('summary'));
@@ -177,8 +177,9 @@ async function copyLink() {
   const tab = document.querySelector('#tabs [role="tab"][aria-selected="true"]').textContent.trim();
   const { model, position, layer, isSaved, isOwn } = told;
   const here = isSaved || isOwn ? {} : { position, layer };
-  const { text: hash, left } = await packed({ ...state, ...here, model, tab });
-  const lost = [isOwn && 'A direction that you had found is not part of it: save it as a file, and hand that on.', isSaved && !isOwn && 'A direction from a file is not part of it: hand the file on as well.', left && `${left} of the messages were too much for a link and are not in it.`].filter(Boolean);
+  const { elsewhere, ...said } = state;
+  const { text: hash, left } = await packed({ ...said, ...here, model, tab });
+  const lost = [elsewhere > 0 && 'Messages that were answered with a direction that is no longer in use, and not on the map, are asked with the one in use.', isOwn && 'A direction that you had found is not part of it: save it as a file, and hand that on.', isSaved && !isOwn && 'A direction from a file is not part of it: hand the file on as well.', left && `${left} of the messages were too much for a link and are not in it.`].filter(Boolean);
   history.replaceState(null, '', `#${hash}`);
   try {
     await navigator.clipboard.writeText(location.href);
@@ -272,6 +273,8 @@ document.addEventListener('keydown', onKey);
 find('[data-help]').addEventListener('click', () => about.showModal());
 find('[data-close]').addEventListener('click', () => about.close());
 about.addEventListener('click', (click) => { if (click.target === about) about.close(); }); // on the backdrop
+document.addEventListener('note', ({ detail }) => { if (element.isConnected) note(detail); });
+document.addEventListener('restore', ({ detail }) => { if (element.isConnected) trigger('restore', detail); });
 document.addEventListener('direction-wanted', () => {
   if (element.isConnected && told) document.dispatchEvent(new CustomEvent('direction', { detail: { ...told, newModel: false } }));
 });
