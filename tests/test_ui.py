@@ -1084,7 +1084,7 @@ def encoded(state: object) -> str:
         (encoded({"v": 2}), "cannot be read"),
         (encoded({"v": 1, "prompts": ["a" * 300_000]}), "cannot be read"),
         (encoded({"v": 1, "addition": 9, "__proto__": 1, "<b>": 1, "tab": "Bank", "writers": ["<b>"]}), "addition, __proto__, <b>, tab, writers that is not known"),
-        (encoded({"v": 1, "prompts": ["Hi"] * 2, "turns": [{}]}), "turns that is not known"),
+        (encoded({"v": 1, "turns": [{}]}), "turns that is not known"),
         (encoded({"v": 1, "prompts": [], "turns": [{}] * 10_000}), "turns that is not known"),
         (encoded({"v": 1, "turns": [{"addition": 9}]}), "turns that is not known"),
         (encoded({"v": 1, "turns": [{"tab": "Map"}, None, 3]}), "turns that is not known"),
