@@ -934,7 +934,7 @@ def _outline(checkpoint: Checkpoint, dtype: torch.dtype) -> transformers.PreTrai
         with torch.device("meta"):
             outline: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
         outline.set_experts_implementation("batched_mm")  # which expert a token goes to is a number
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ModelError(
             f"{checkpoint.name} is no decoder-only chat model that can be built ({checkpoints.first_line(error)})."
         ) from error

@@ -36,6 +36,13 @@ SMALL_FILES = [
 INDEX = "model.safetensors.index.json"
 
 
+COUNTS = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+    "max_position_embeddings",
+)  # fmt: skip
+"""What a config counts, where it has it."""
+
+
 class ModelError(ValueError):
     """A model that cannot be loaded or used; the message says why and what to do."""
 
@@ -218,15 +225,28 @@ def _read_config(folder: Path, name: str) -> transformers.PretrainedConfig:
     try:
         written = _config_json(folder)
         kind, has_code = written.get("model_type"), "auto_map" in written
+        for part in (written, written.get("text_config")):  # first: what computes with them names none of them
+            if isinstance(part, dict):
+                _check_counts({count: part.get(count) for count in COUNTS if type(part.get(count)) is int}, name)
         config = None
         if kind in transformers.CONFIG_MAPPING or not has_code:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, hub_errors.StrictDataclassError) as error:
-        raise ModelError(f"The config.json of {name} cannot be read ({first_line(error)}).") from error
+    except ModelError:
+        raise
+    except hub_errors.StrictDataclassError as error:
+        # Its first line names the field, and the second what is wrong with it.
+        said = " ".join(str(error).split())[:200].rstrip(".")
+        raise ModelError(f"The config.json of {name} cannot be read ({said}): fetch or copy it again.") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ModelError(
+            f"The config.json of {name} cannot be read ({first_line(error)}): fetch or copy it again."
+        ) from error
     if config is None:
         raise ModelError(
             f"{name} comes with code of its own, which is never run here: take a model that transformers knows."
         )
+    text = config.get_text_config()
+    _check_counts({count: getattr(text, count, None) for count in COUNTS}, name)
     if quantised := written.get("quantization_config"):
         method = quantised.get("quant_method", "packed") if isinstance(quantised, dict) else "packed"
         raise ModelError(
@@ -234,6 +254,17 @@ def _read_config(folder: Path, name: str) -> transformers.PretrainedConfig:
             "in bfloat16 or float16."
         )
     return config
+
+
+def _check_counts(counts: dict[str, Any], name: str) -> None:
+    """Raises ModelError for a size that none can be: what is built of it would be empty, or fail wherever it is used."""
+    for count, value in counts.items():
+        # Some models have a list, one for each layer.
+        if value is not None and not isinstance(value, list | tuple) and (type(value) is not int or value < 1):
+            raise ModelError(
+                f"The config.json of {name} says that {count} is {str(value)[:40]!r}, and it is a whole number from 1: "
+                "fetch or copy it again."
+            )
 
 
 def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerFast:

@@ -50,6 +50,9 @@ NO_THINKING = {"enable_thinking": False, "thinking": False}
 
 NO_STREAM = "sent what is no stream of a chat completion: check the address, and its log."
 
+ENDINGS: dict[str, Ending] = {"length": "length", "content_filter": "filtered"}
+"""What a server says of an ending, where the model did not end the reply by itself."""
+
 ROWS = ("unchanged", "direction removed")
 
 
@@ -253,7 +256,7 @@ def _read_chunk(endpoint: Endpoint, data: str) -> tuple[str, Ending | None, int 
         raise EndpointError(f"{_the(endpoint)} {NO_STREAM}")
     # Half a pair of surrogates is no text: it could not be shown, nor kept in a file.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text, None if reason is None else "length" if reason == "length" else "end", counted
+    return text, None if reason is None else ENDINGS.get(str(reason), "end"), counted
 
 
 async def _named(client: httpx2.AsyncClient, endpoint: Endpoint) -> Endpoint:

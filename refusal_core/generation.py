@@ -19,7 +19,8 @@ from refusal_core.chat_model import ChatModel, Conversation
 from refusal_core.decoding import Decoding
 from refusal_core.interventions import Intervention, Row
 
-Ending = Literal["end", "length", "stopped"]
+Ending = Literal["end", "length", "stopped", "filtered"]
+"""By itself, at the longest, by somebody, and by the filter of a server, which then replies instead of the model."""
 MAX_NEW_TOKENS = 2048
 
 

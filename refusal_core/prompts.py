@@ -403,7 +403,16 @@ def _parse(name: str, number: int, text: str) -> object:
 
 
 def _prompt(where: str, row: object, classes: tuple[str, str], given: bool | None) -> Prompt:
-    if not isinstance(row, Mapping) or not isinstance(row.get("text"), str) or not row["text"].strip():
+    if not isinstance(row, Mapping):
+        raise PromptError(f"{where}: no text. Every row needs the columns text and harmful.")
+    wanted = ["text"] if given is not None else ["text", "label" if "label" in row else "harmful"]
+    if absent := [column for column in wanted if column not in row]:
+        there = _few([str(column) for column in row if column]) or "without a name"
+        are, them = ("is", "it") if len(absent) == 1 else ("are", "them")
+        raise PromptError(
+            f"{where}: the columns are {there}, and {' and '.join(absent)} {are} not among them: rename or add {them}."
+        )
+    if not isinstance(row["text"], str) or not row["text"].strip():
         raise PromptError(f"{where}: no text. Every row needs the columns text and harmful.")
     text = _text(where, row["text"])
     column, names = ("label", classes) if row.get("harmful") is None and "label" in row else ("harmful", None)

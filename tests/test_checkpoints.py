@@ -38,6 +38,34 @@ def edit_config(folder: Path, **values) -> None:
     (folder / "config.json").write_text(json.dumps({k: v for k, v in (config | values).items() if v is not None}))
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_hidden_layers": "x"},
+        {"num_hidden_layers": 0},
+        {"num_hidden_layers": -1},
+        {"num_hidden_layers": 1.5},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": []},
+        {"hidden_size": -1},
+        {"vocab_size": 0},
+        {"vocab_size": {}},
+        {"max_position_embeddings": -1},
+        {"rope_parameters": "x"},
+        {"eos_token_id": "x"},
+    ],
+    ids=str,
+)
+def test_a_value_that_cannot_be_in_a_config_is_one_sentence_that_names_it(tiny: Path, tmp_path, values):
+    folder = shutil.copytree(tiny, tmp_path / "repo")
+    edit_config(folder, **values)
+    with pytest.raises(ModelError) as refused:
+        load(folder)
+    said = str(refused.value)
+    assert "\n" not in said and said.endswith(".") and next(iter(values)) in said
+    assert said.count("config.json") == 1 and "copy it again" in said
+
+
 def test_a_model_is_fetched_once_at_one_commit_and_weights_come_last(hub: Hub, tiny: Path, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "repo")
     (folder / "pytorch_model.bin").write_bytes(b"pickled")

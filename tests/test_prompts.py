@@ -74,8 +74,9 @@ def test_a_file_without_splits_is_split_without_overlap(tmp_path, kind):
     [
         ('{"text": "a", "harmful": true}\n' * 9, "no harmless prompt"),
         ('{"text": "a", "harmful": true}\nnonsense', "line 2: not JSON"),
-        ('{"text": "a"}', "write true or false"),
-        ('{"harmful": true}', "no text"),
+        ('{"text": "a", "harmful": null}', "write true or false"),
+        ('{"text": "a"}', "harmful is not among them"),
+        ('{"harmful": true}', "text is not among them"),
         (json.dumps({"text": "x" * (MAX_CHARACTERS + 1), "harmful": True}), "at most 8,000"),
         ('{"text": "a", "harmful": true, "split": "dev"}', "write train, val or test"),
         ("", "no harmful prompt"),
@@ -95,6 +96,31 @@ def test_a_file_that_cannot_be_used_says_why_in_one_sentence(tmp_path, text, say
     with pytest.raises(PromptError, match=says) as caught:
         load_prompts("train", path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("prompt,harmful\na,true", "line 2: the columns are 'prompt', 'harmful', and text is not among them: rename or add it"),
+        ("text,class\na,true", "line 2: the columns are 'text', 'class', and harmful is not among them: rename or add it"),
+        ("text;harmful\na;true", "the columns are 'text;harmful', and text and harmful are not among them: rename or add them"),
+        ("prompt,label\na,harmful", "the columns are 'prompt', 'label', and text is not among them"),
+        ("text,harmful\n,true", "line 2: no text"),
+    ],
+)  # fmt: skip
+def test_a_table_without_the_column_of_the_prompts_names_those_it_has_and_what_to_do(tmp_path, text, says):
+    path = tmp_path / "mine.csv"
+    path.write_text(text)
+    with pytest.raises(PromptError, match=says) as caught:
+        load_prompts("train", path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_of_one_class_needs_the_column_of_the_prompts_only(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("prompt\na\n")
+    with pytest.raises(PromptError, match="the columns are 'prompt', and text is not among them"):
+        load_prompts("train", path, path)
 
 
 def test_a_missing_or_foreign_file_says_so(tmp_path):

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import csv
 import json
 import os
 import queue
@@ -24,7 +25,7 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, BrowserType, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, BrowserType, Locator, Page, expect, sync_playwright
 
 from refusal_core.chat_model import ORGANISM, ModelError
 from refusal_core.directions import DirectionError, random_like
@@ -121,6 +122,9 @@ def test_no_order_of_events_brings_text_of_one_pane_into_the_history_of_another(
         {"run": "x"},
         {"action": "drop"},
         {"action": ["ask"]},
+        {"cell": "here"},
+        {"cell": [1.5, 2]},
+        {"cell": [-1]},
     ],
 )
 def test_a_forged_request_is_refused_with_a_sentence_that_names_the_field(forged):
@@ -670,6 +674,171 @@ def test_a_conversation_is_saved_with_its_settings_and_as_text(tab, chromium, re
     page.close()
 
 
+def saved_json(tab: Page) -> dict:
+    with tab.expect_download() as saved:
+        tab.get_by_role("button", name="Save JSON").click()
+    return json.loads(Path(saved.value.path()).read_text("utf-8"))
+
+
+def open_saved(tab: Page, saved: object, name: str = "conversation.json") -> None:
+    """Opens a file of this content, as it is if it is text."""
+    content = saved if isinstance(saved, str) else json.dumps(saved)
+    tab.locator("[data-open]").set_input_files(
+        {"name": name, "mimeType": "application/json", "buffer": content.encode()}
+    )
+
+
+def all_replies(tab: Page) -> list[str]:
+    return tab.locator(".turn .reply").all_inner_texts()
+
+
+def ended(tab: Page) -> list[str]:
+    """The strengths and lengths of every reply on the page."""
+    return tab.locator(".turn .rest").all_inner_texts()
+
+
+def answer_differently(tab: Page, ready: Ready) -> None:
+    """Three messages, each answered with other settings and another direction: a change answers the last one again."""
+
+    def take_layer(layer: int) -> None:
+        open_find(tab)
+        take(tab, ready.found.direction.source.position, layer)
+        tab.get_by_role("tab", name="Talk").click()
+
+    tab.get_by_role("button", name="Clear").click()
+    tab.locator("[data-length]").fill("24")
+    set_dial(tab, "addition", 0.4)
+    ask(tab, "How do I bake bread?")
+    ask(tab, "How do I steal a car?")
+    take_layer(2)
+    set_dial(tab, "removal", 50)
+    set_dial(tab, "addition", 1.5)
+    ask(tab, "Who are you?")
+    take_layer(1)
+    tab.get_by_label("system prompt").fill("You are a pirate.")
+    tab.locator("[data-temperature]").fill("0.7")
+    tab.locator("[data-on='removed']").uncheck()
+    tab.wait_for_timeout(400)
+    idle(tab)
+
+
+SETTINGS = ("removal", "addition", "control", "temperature", "max_new_tokens", "seed", "system", "writers")
+
+
+def test_a_saved_conversation_has_the_settings_of_every_message_and_is_asked_again_with_them(chromium, app, tab, ready):
+    answer_differently(tab, ready)
+    kept = saved_json(tab)
+    assert [[turn["settings"][name] for name in ("removal", "addition", "temperature")] for turn in kept["turns"]] == [
+        [1, 0.4, 0],
+        [0.5, 1.5, 0],
+        [None, 1.5, 0.7],
+    ]
+    source = ready.direction.source
+    assert [turn["settings"]["direction"]["layer"] for turn in kept["turns"]] == [source.layer, 2, 1]
+    with tab.expect_download() as page:
+        tab.get_by_role("button", name="Save page").click()
+    other, seen = follow(chromium, app.url)
+    open_saved(other, kept)
+    expect(other.locator(".turn .words")).to_have_text([turn["prompt"] for turn in kept["turns"]])
+    idle(other)
+    assert all_replies(other) == all_replies(tab) and ended(other) == ended(tab)
+    expect(other.locator("[data-direction]")).to_contain_text("layer 1 ")
+    expect(other.locator("#addition")).to_have_value("1.5")
+    expect(other.get_by_label("system prompt")).to_have_value("You are a pirate.")
+    again = saved_json(other)
+    assert [turn["settings"] for turn in again["turns"]] == [turn["settings"] for turn in kept["turns"]]
+    assert {name: again[name] for name in SETTINGS} == {name: kept[name] for name in SETTINGS}
+    set_dial(other, "addition", 0)
+    assert ended(other)[:8] == ended(tab)[:8], "a dial answers the last message again, and no other"
+    expect(other.locator(".turn").last.locator("[data-pane='added'] .rest")).to_contain_text("0.00×")
+    assert not seen.faults
+    other.context.close()
+    text = Path(page.value.path()).read_text("utf-8")
+    assert text.count("system prompt: none") == 2 and text.count("system prompt: You are a pirate.") == 1
+    assert f"layer {source.layer}, position" in text and "layer 2, position" in text and "layer 1, position" in text
+
+
+def test_a_link_has_the_settings_of_every_message(chromium, tab, ready):
+    answer_differently(tab, ready)
+    kept = saved_json(tab)
+    other, seen = follow(chromium, link_of(tab), panes=2)
+    expect(other.locator(".turn .words")).to_have_text([turn["prompt"] for turn in kept["turns"]], timeout=20_000)
+    idle(other)
+    assert all_replies(other) == all_replies(tab) and ended(other) == ended(tab)
+    assert [turn["settings"] for turn in saved_json(other)["turns"]] == [turn["settings"] for turn in kept["turns"]]
+    assert not seen.faults
+    other.context.close()
+
+
+def test_a_file_and_a_link_from_before_messages_had_settings_hold_one_set_for_all(chromium, app, tab, ready):
+    source = ready.direction.source
+    kept = {
+        "made_with": "Refusal is a direction",
+        "model": tab.locator("#bar [data-model]").inner_text(),
+        "direction": {"layer": source.layer, "position": source.position, "mark": "passed every rule", "digest": ready.digest},
+        "control": None, "temperature": 0, "max_new_tokens": 12, "seed": 3, "system": "", "writers": None,
+        "turns": [
+            {"prompt": text, "replies": {"unchanged": {"strength": 0}, "added": {"strength": strength}}}
+            for text, strength in (("How do I bake bread?", 0.5), ("Who are you?", 1.5))
+        ],
+    }  # fmt: skip
+    open_saved(tab, kept)
+    expect(tab.locator(".turn .words")).to_have_text(["How do I bake bread?", "Who are you?"])
+    idle(tab)
+    again = saved_json(tab)
+    assert [(t["settings"]["addition"], t["settings"]["removal"]) for t in again["turns"]] == [(0.5, None), (1.5, None)]
+    assert {(t["settings"]["max_new_tokens"], t["settings"]["seed"]) for t in again["turns"]} == {(12, 3)}
+    link = encoded({"v": 1, "addition": 0.5, "max_new_tokens": 12, "prompts": ["How do I bake bread?", "Who are you?"]})
+    other, seen = follow(chromium, f"{app.url}/#{link}")
+    expect(other.locator(".turn .words")).to_have_text(["How do I bake bread?", "Who are you?"], timeout=20_000)
+    idle(other)
+    assert [turn["settings"]["addition"] for turn in saved_json(other)["turns"]] == [0.5, 0.5]
+    expect(other.locator("#bar [data-note]")).to_be_empty()
+    assert not seen.faults
+    other.context.close()
+
+
+def turns_with(**settings: object) -> dict:
+    return {"turns": [{"prompt": "Hi"}, {"prompt": "Who?", "settings": settings}]}
+
+
+@pytest.mark.parametrize(
+    ("saved", "says"),
+    [
+        ("{", "it is not JSON"),
+        (json.dumps(turns_with(temperature=float("nan"))), "it is not JSON"),
+        ([1], "there is no message in it"),
+        ({"turns": "x"}, "there is no message in it"),
+        ({"turns": [{"prompt": "Hi"}] * 10_000}, "it has 10000 messages, and at most 200"),
+        ({"turns": [{"prompt": "Hi"}, {"prompt": 7}]}, "message 2 has no text"),
+        ({"turns": [{"prompt": "Hi", "settings": [1]}]}, "message 1 has settings that are none"),
+        (turns_with(addition=9), "the addition of message 2 cannot be had here"),
+        (turns_with(temperature="hot"), "the temperature of message 2"),
+        (turns_with(max_new_tokens=2.5), "the max_new_tokens of message 2"),
+        (turns_with(writers=["<b>"]), "the writers of message 2"),
+        (turns_with(direction={"layer": "2"}), "message 2 has a direction that is none"),
+        (turns_with() | {"seed": -1}, "the seed of message 1"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_conversation_gets_one_sentence_and_leaves_everything_as_it_is(tab, saved, says):
+    before = all_replies(tab)
+    open_saved(tab, saved, "<b>.json")
+    error = tab.locator(".composer [data-error]")
+    expect(error).to_contain_text(f"<b>.json cannot be opened, {says}")
+    assert error.inner_text().count(". ") == 0 and error.inner_text().endswith("as JSON.")
+    idle(tab)
+    assert all_replies(tab) == before and tab.locator(".turn .who").all_inner_texts() == ["Example"]
+
+
+def test_a_conversation_that_cannot_be_asked_to_its_end_stops_there_and_says_why(tab):
+    open_saved(tab, {"turns": [{"prompt": text} for text in ("Hi", "word " * 9000, "Who are you?")]})
+    expect(tab.locator(".composer [data-error]")).to_contain_text("tokens")
+    idle(tab)
+    expect(tab.locator(".turn .words")).to_have_text(["Hi"])
+    tab.wait_for_timeout(500)
+    expect(tab.locator(".composer [data-error]")).to_be_visible()
+
+
 def test_a_pane_that_is_off_says_nothing(tab):
     tab.locator("[data-on='removed']").uncheck()
     tab.wait_for_timeout(400)
@@ -934,6 +1103,10 @@ def encoded(state: object) -> str:
         (encoded({"v": 2}), "cannot be read"),
         (encoded({"v": 1, "prompts": ["a" * 300_000]}), "cannot be read"),
         (encoded({"v": 1, "addition": 9, "__proto__": 1, "<b>": 1, "tab": "Bank", "writers": ["<b>"]}), "addition, __proto__, <b>, tab, writers that is not known"),
+        (encoded({"v": 1, "turns": [{}]}), "turns that is not known"),
+        (encoded({"v": 1, "prompts": [], "turns": [{}] * 10_000}), "turns that is not known"),
+        (encoded({"v": 1, "turns": [{"addition": 9}]}), "turns that is not known"),
+        (encoded({"v": 1, "turns": [{"tab": "Map"}, None, 3]}), "turns that is not known"),
         (encoded({"v": 1, "model": "someone/else", "layer": 1, "position": -1}), "made with someone/else"),
         (encoded({"v": 1, "layer": 777, "position": -1}), "not on the map"),
     ],
@@ -983,6 +1156,11 @@ def test_rates_and_curves_are_measured_with_transcripts_and_files(tab, ready, tm
         saved["CSV"].splitlines()[0].startswith("class,row,n,refused") and len(saved["CSV"].splitlines()) == 9 + 11 + 21
     )
     assert len({line.count(",") for line in saved["CSV"].splitlines()}) == 1, "a cell for every column"
+    table = list(csv.DictReader(saved["CSV"].splitlines()))
+    assert {row["row"] for row in table} == {"unchanged", "direction removed", "direction added"}
+    assert [float(row["strength"]) for row in table[:8]] == [0, 1, -1, 1] * 2
+    for row in table:
+        assert all(float(value) is not None for name, value in row.items() if name not in ("class", "row") and value)
     assert len(measured["curves"]["damage"]["cross_entropy"]) == 11 == len(measured["curves"]["damage"]["repetition"])
     assert not [name for curve in measured["curves"].values() for name in curve if name.endswith("_figure")]
     assert (
@@ -1091,6 +1269,115 @@ def test_the_theme_follows_the_system_and_the_switch(chromium, app):
     tab.context.close()
 
 
+# -- the keyboard --------------------------------------------------------------------------------------------------
+
+CONTROLS = """part => {
+  const every = [...document.querySelectorAll(`#${part} :is(button, input, select, textarea, summary, a[href], [tabindex="0"])`)];
+  return every.filter(e => e.checkVisibility() && !e.disabled && !(e.type === 'radio' && !e.checked));
+}"""
+"""What can be pressed, chosen or typed into in a part of the page, in its order; of a group of radio buttons the chosen one."""
+
+SHOWN = """() => {
+  const held = document.activeElement;
+  return [held, held.closest('.file')].some(e => e && getComputedStyle(e).outlineStyle !== 'none' && parseFloat(getComputedStyle(e).outlineWidth) >= 2);
+}"""
+
+
+@pytest.mark.parametrize("name", ["Find", "Measure", "Inside"])
+def test_every_control_is_reached_with_tab_in_the_order_of_the_page_and_is_seen_to_have_the_focus(tab, name):
+    OPENERS[name](tab)
+    tab.wait_for_timeout(500)
+    controls = tab.evaluate_handle(CONTROLS, name.lower())
+    count = controls.evaluate("all => all.length")
+    assert count > 3
+    tab.get_by_role("tab", name="Inside").focus()
+    reached = []
+    for _ in range(count):
+        tab.keyboard.press("Tab")
+        reached.append(controls.evaluate("all => all.indexOf(document.activeElement)"))
+        assert tab.evaluate(SHOWN), tab.evaluate("document.activeElement.outerHTML.slice(0, 200)")
+    assert reached == list(range(count))
+
+
+def press(button: Locator, key: str = "Enter") -> None:
+    button.focus()
+    button.page.keyboard.press(key)
+
+
+def test_the_focus_stays_on_what_was_pressed_in_measure(tab):
+    open_measure(tab)
+    tab.get_by_label("test prompts of each class").fill("100")
+    start, cancel = (
+        tab.locator("#measure").get_by_role("button", name=name, exact=True) for name in ("Measure", "Cancel")
+    )
+    press(start)
+    expect(cancel).to_be_visible()
+    expect(start).to_be_focused()
+    expect(start).to_be_disabled()
+    tab.keyboard.press("Tab")
+    expect(cancel).to_be_focused()
+    tab.keyboard.press("Space")
+    expect(cancel).to_be_hidden(timeout=30_000)
+    expect(start).to_be_focused()
+    expect(start).to_be_enabled()
+
+
+def test_the_focus_stays_on_what_was_pressed_in_inside_or_goes_where_the_work_does(tab):
+    open_inside(tab)
+    start, every = (tab.get_by_role("button", name=name) for name in ("Measure the parts", "Patch every part exactly"))
+    press(start)
+    expect(start).to_be_disabled()
+    expect(every).to_be_enabled(timeout=60_000)
+    expect(start).to_be_focused()
+    part = tab.locator("[data-top] button").first
+    press(part, "Space")
+    expect(part).to_have_attribute("aria-pressed", "true")
+    expect(part).to_be_focused()
+    press(tab.get_by_role("button", name="Choose none"))
+    expect(tab.get_by_label("Add a part")).to_be_focused()
+    press(part)
+    press(tab.get_by_role("button", name="Remove only from these"))
+    expect(tab.get_by_role("tab", name="Talk")).to_be_focused()
+    press(tab.get_by_role("button", name="Remove from all"))
+    expect(tab.locator("[data-on='removed']")).to_be_focused()
+    idle(tab)
+
+
+def test_the_focus_goes_to_the_candidate_in_use_where_a_button_of_find_goes(tab, ready):
+    open_find(tab)
+    source = ready.found.direction.source
+    press(tab.locator(f"[data-cell='{source.position} 2']"))
+    expect(tab.locator(f"[data-cell='{source.position} 2'].used")).to_be_focused()
+    reset = tab.get_by_role("button", name="Back to the rule’s choice")
+    expect(reset).to_be_visible()
+    press(reset)
+    expect(reset).to_be_hidden()
+    expect(tab.locator(".cell-button.used")).to_be_focused()
+    fill = tab.get_by_role("button", name="Measure them")
+    if fill.is_visible():
+        press(fill)
+        expect(fill).to_be_disabled()
+        expect(fill).to_be_focused()
+        expect(fill).to_be_hidden(timeout=60_000)
+        expect(tab.locator(".cells-holder")).to_be_focused()
+    tab.get_by_role("tab", name="Talk").click()
+    idle(tab)
+
+
+def test_a_sheet_of_the_bar_is_left_with_escape_and_the_focus_is_where_it_was_opened(tab):
+    for summary in ("[data-model]", "[data-direction]"):
+        press(tab.locator(summary))
+        tab.keyboard.press("Tab")
+        assert tab.evaluate("document.activeElement.closest('details[open]') !== null")
+        tab.keyboard.press("Escape")
+        expect(tab.locator("#bar details[open]")).to_have_count(0)
+        expect(tab.locator(summary)).to_be_focused()
+    press(tab.locator("[data-model]"))
+    press(tab.locator(".model-button").first)
+    expect(tab.locator("#bar details[open]")).to_have_count(0)
+    expect(tab.locator("[data-model]")).to_be_focused()
+
+
 # -- the server ----------------------------------------------------------------------------------------------------
 
 
@@ -1104,6 +1391,28 @@ def test_the_server_lets_the_page_load_nothing_from_elsewhere_and_takes_no_uploa
         with pytest.raises((urllib.error.HTTPError, ConnectionError, urllib.error.URLError)) as refused:
             urllib.request.urlopen(request)
         assert not isinstance(refused.value, urllib.error.HTTPError) or refused.value.code == status
+
+
+def test_before_the_page_is_there_a_sentence_of_its_own_says_so_and_no_bare_loading(chromium, app):
+    def sentence(selector: str) -> str:
+        return tab.evaluate("of => getComputedStyle(document.querySelector(of), '::before').content", selector)
+
+    context = chromium.new_context(color_scheme="dark")
+    tab, held = context.new_page(), []
+    tab.route("**/assets/*.js", held.append)
+    tab.goto(app.url, wait_until="commit")
+    tab.wait_for_selector("gradio-app", state="attached")
+    assert sentence("gradio-app") == '"Refusal is a direction. The page is being set up."'
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 22, 20)"
+    tab.unroute("**/assets/*.js")
+    tab.route("**/theme.css*", lambda route: None)  # Gradio waits for it
+    for route in held:
+        route.continue_()
+    tab.wait_for_selector("p.loading", state="attached")
+    assert sentence("p.loading") == '"Refusal is a direction. The page is being set up."'
+    assert tab.locator("p.loading").evaluate("node => getComputedStyle(node).fontSize") == "0px"
+    assert sentence("gradio-app") == "none"
+    context.close()
 
 
 def test_a_model_that_is_not_there_is_said_in_one_sentence_on_the_page(chromium, tmp_path):

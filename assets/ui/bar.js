@@ -6,6 +6,7 @@ function signed(value) {
 }
 
 function drawWaiting({ waiting, state }) {
+  if (!waiting || state !== 'ready') handOn([find('[data-cancel-load]')], find('[data-model]'));
   find('[data-waiting]').hidden = !waiting;
   find('[data-cancel-load]').hidden = state !== 'ready'; // without a model in use there is nothing to go back to
   if (!waiting) return;
@@ -31,6 +32,7 @@ function drawServers(view) {
 
 /** The models to choose from; what is in use is marked. */
 function drawModels(view) {
+  const held = find('[data-offered]').contains(document.activeElement) && document.activeElement.textContent;
   const inUse = view.state === 'ready' ? view.model.name : '';
   find('[data-offered]').replaceChildren(...view.offered.map((name) => {
     const node = make('button', name, 'model-button');
@@ -39,12 +41,13 @@ function drawModels(view) {
     node.addEventListener('click', () => load(name));
     return node;
   }));
+  if (held) all('.model-button').find((node) => node.textContent === held)?.focus();
   find('[data-other]').hidden = !view.any_model;
   if (!inUse) find('[data-model]').textContent = 'none: choose one';
 }
 
 function load(model) {
-  find('[data-models]').open = false;
+  closeSheets();
   if (model.trim()) trigger('load_model', { model: model.trim() });
 }
 
@@ -155,9 +158,12 @@ async function arrive() {
   [...document.querySelectorAll('#tabs [role="tab"]')].find((tab) => tab.textContent.trim() === state.tab)?.click();
 }
 
-/** An open sheet would cover what is said below the bar. */
+/** An open sheet would cover what is said below the bar; the focus stays where it was opened. */
 function closeSheets() {
-  all('details[open]').forEach((chip) => { chip.open = false; });
+  all('details[open]').forEach((chip) => {
+    handOn([chip], chip.querySelector('summary'));
+    chip.open = false;
+  });
 }
 
 function note(said) {
@@ -171,8 +177,9 @@ async function copyLink() {
   const tab = document.querySelector('#tabs [role="tab"][aria-selected="true"]').textContent.trim();
   const { model, position, layer, isSaved, isOwn } = told;
   const here = isSaved || isOwn ? {} : { position, layer };
-  const { text: hash, left } = await packed({ ...state, ...here, model, tab });
-  const lost = [isOwn && 'A direction that you had found is not part of it: save it as a file, and hand that on.', isSaved && !isOwn && 'A direction from a file is not part of it: hand the file on as well.', left && `${left} of the messages were too much for a link and are not in it.`].filter(Boolean);
+  const { elsewhere, ...said } = state;
+  const { text: hash, left } = await packed({ ...said, ...here, model, tab });
+  const lost = [elsewhere > 0 && 'Messages that were answered with a direction that is no longer in use, and not on the map, are asked with the one in use.', isOwn && 'A direction that you had found is not part of it: save it as a file, and hand that on.', isSaved && !isOwn && 'A direction from a file is not part of it: hand the file on as well.', left && `${left} of the messages were too much for a link and are not in it.`].filter(Boolean);
   history.replaceState(null, '', `#${hash}`);
   try {
     await navigator.clipboard.writeText(location.href);
@@ -266,6 +273,8 @@ document.addEventListener('keydown', onKey);
 find('[data-help]').addEventListener('click', () => about.showModal());
 find('[data-close]').addEventListener('click', () => about.close());
 about.addEventListener('click', (click) => { if (click.target === about) about.close(); }); // on the backdrop
+document.addEventListener('note', ({ detail }) => { if (element.isConnected) note(detail); });
+document.addEventListener('restore', ({ detail }) => { if (element.isConnected) trigger('restore', detail); });
 document.addEventListener('direction-wanted', () => {
   if (element.isConnected && told) document.dispatchEvent(new CustomEvent('direction', { detail: { ...told, newModel: false } }));
 });

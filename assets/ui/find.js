@@ -134,7 +134,10 @@ function drawFunnel() {
 }
 
 function drawFilling() {
-  find('[data-fill]').hidden = filling !== null || !view.unknown;
+  const fill = find('[data-fill]');
+  pause(fill, filling !== null);
+  if (!view.unknown) handOn([fill], find('.cells-holder'));
+  fill.hidden = !view.unknown;
   find('[data-filling]').textContent = filling ? filling[0] : '';
   const bar = find('progress');
   bar.hidden = filling === null;
@@ -160,11 +163,16 @@ function draw() {
   find('[data-idle]').hidden = true;
   find('.find-body').hidden = false;
   drawError(view.error);
-  find('[data-reset]').hidden = view.used.join(' ') === view.rule.join(' ');
+  const isRule = view.used.join(' ') === view.rule.join(' ');
+  const [reset, drop] = [find('[data-reset]'), find('[data-drop]')];
+  const gone = [isRule && reset, !view.own && drop].filter(Boolean);
+  const left = gone.some((node) => node.contains(document.activeElement));
+  reset.hidden = isRule;
   if (find('[data-origin]').textContent !== view.origin) find('[data-origin]').textContent = view.origin; // said once
-  find('[data-drop]').hidden = !view.own;
+  drop.hidden = !view.own;
   if (!measures().includes(measure)) [measure] = measures();
   drawMeasure();
+  if (left) find('.cell-button.used')?.focus(); // the buttons that are gone took this one
   drawFunnel();
   drawFilling();
   drawDetail(view.cells.find((cell) => is(cell, view.used)) || view.cells.find((cell) => is(cell, view.rule)));
@@ -234,6 +242,7 @@ new ResizeObserver(() => { showUsed(); readPrompt(); }).observe(element);
 document.addEventListener('rendered', ({ detail }) => { if (element.isConnected && detail) drawRead(detail); });
 find('[data-reset]').addEventListener('click', () => trigger('choose', {}));
 find('[data-fill]').addEventListener('click', () => {
+  if (filling) return;
   filling = ['starting', 0, 1];
   drawFilling();
   trigger('fill', {});

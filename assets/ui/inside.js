@@ -64,6 +64,7 @@ function drawChosen() {
   const focused = document.activeElement.closest('[data-chosen]');
   find('[data-chosen]').replaceChildren(...names.map((name) => partButton(name, 'Choose it no longer')));
   if (focused) find('[data-add]').focus();
+  if (!names.length) handOn([find('[data-only]'), find('[data-none]')], find('[data-add]'));
   find('[data-only]').disabled = !names.length;
   find('[data-none]').disabled = !names.length;
   const option = (name) => Object.assign(make('option', name), { value: name });
@@ -194,12 +195,15 @@ function show() {
 
 new ResizeObserver(show).observe(element);
 find('form').addEventListener('submit', (event) => { event.preventDefault(); read(); });
+let isMeasuring = false;
+
 function measuring(now) {
-  find('[data-measure]').disabled = now;
-  find('[data-every]').disabled = now;
+  isMeasuring = now;
+  for (const button of ['[data-measure]', '[data-every]']) pause(find(button), now);
 }
 for (const [button, every] of [['[data-measure]', false], ['[data-every]', true]]) {
   find(button).addEventListener('click', () => {
+    if (isMeasuring) return;
     measuring(true);
     measures += 1;
     trigger('measure', { run: measures, every });
@@ -209,7 +213,9 @@ find('[data-add]').addEventListener('change', ({ target }) => { if (target.value
 find('[data-none]').addEventListener('click', () => { chosen = new Set(); drawWriters(); });
 find('[data-only]').addEventListener('click', () => {
   document.dispatchEvent(new CustomEvent('confine', { detail: writers.writers.filter((name) => chosen.has(name)) }));
-  [...document.querySelectorAll('#tabs [role="tab"]')].find((tab) => tab.textContent.trim() === 'Talk').click();
+  const talk = [...document.querySelectorAll('#tabs [role="tab"]')].find((tab) => tab.textContent.trim() === 'Talk');
+  talk.click();
+  talk.focus(); // the button that was pressed is out of sight now
 });
 document.addEventListener('confined', ({ detail }) => {
   if (!element.isConnected) return;

@@ -1,10 +1,12 @@
 
 // The state of the page in its address: everything that a reader needs to see the same, and nothing of anybody else.
 const MOST_LINK = 8000;
+const MOST_STATE = 200000; // of bytes that a link may unpack to
 const MOST_MESSAGES = 50;
 
 const within = (low, high, whole = false) => (value) => typeof value === 'number' && value >= low && value <= high && (!whole || Number.isInteger(value));
 const oneOf = (...choices) => (value) => choices.includes(value);
+const orNull = (allowed) => (value) => value === null || allowed(value);
 const FIELDS = {
   model: (value) => typeof value === 'string' && value.length <= 300,
   position: within(-64, -1, true), layer: within(0, 1000, true),
@@ -16,7 +18,23 @@ const FIELDS = {
   tint: oneOf('untouched', 'inside', 'off'),
   tab: oneOf('Talk', 'Map', 'Find', 'Measure', 'Inside'),
   prompts: (value) => Array.isArray(value) && value.length <= MOST_MESSAGES && value.every((text) => typeof text === 'string' && text.trim()),
+  turns: (value) => Array.isArray(value) && value.length <= MOST_MESSAGES && value.every((each) => isPlain(each) && wrongIn(each) === undefined),
 };
+
+const isPlain = (value) => value !== null && typeof value === 'object' && !Array.isArray(value);
+
+/** The settings of a message, as a request has them: a pane that is off has none. In a link only those that are not the page's. */
+const SETTINGS = {
+  removal: orNull(FIELDS.removal), addition: orNull(FIELDS.addition), control: orNull(FIELDS.addition),
+  temperature: FIELDS.temperature, max_new_tokens: FIELDS.max_new_tokens, seed: FIELDS.seed, system: FIELDS.system,
+  writers: orNull(FIELDS.writers),
+  cell: (value) => Array.isArray(value) && value.length === 2 && FIELDS.position(value[0]) && FIELDS.layer(value[1]),
+};
+
+/** The name of the first setting that is none, or is not one that can be had. */
+function wrongIn(settings) {
+  return Object.keys(settings).find((name) => !(Object.hasOwn(SETTINGS, name) && SETTINGS[name](settings[name])));
+}
 
 async function through(stream, bytes) {
   const body = new Blob([bytes]).stream().pipeThrough(stream);
@@ -24,11 +42,12 @@ async function through(stream, bytes) {
 }
 
 /** The state as the part of an address after “#”, and how many of its messages had to be left out of it. */
-async function packed({ prompts, ...state }, left = prompts.length > MOST_MESSAGES ? prompts.length : 0) {
-  const kept = left ? [] : prompts;
-  const bytes = await through(new CompressionStream('deflate-raw'), new TextEncoder().encode(JSON.stringify({ v: 1, ...state, prompts: kept })));
+async function packed({ prompts, turns, ...state }, left = prompts.length > MOST_MESSAGES ? prompts.length : 0) {
+  const said = left ? { prompts: [] } : { prompts, turns };
+  const written = new TextEncoder().encode(JSON.stringify({ v: 1, ...state, ...said }));
+  const bytes = written.length < MOST_STATE ? await through(new CompressionStream('deflate-raw'), written) : [];
   const text = btoa(String.fromCharCode(...bytes)).replaceAll('+', '-').replaceAll('/', '_').replaceAll('=', '');
-  return text.length <= MOST_LINK || !kept.length ? { text, left } : packed({ ...state, prompts }, prompts.length);
+  return left || !prompts.length || (text && text.length <= MOST_LINK) ? { text, left } : packed({ ...state, prompts }, prompts.length);
 }
 
 /** What an address says, and what of it cannot be used: such fields are named, left at their defaults, and do no harm. */
@@ -39,7 +58,7 @@ async function unpacked(text) {
     if (text.length > MOST_LINK) throw new Error('too long');
     const bytes = Uint8Array.from(atob(text.replaceAll('-', '+').replaceAll('_', '/')), (letter) => letter.charCodeAt(0));
     const body = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('deflate-raw'));
-    read = JSON.parse(await limited(body, 200000));
+    read = JSON.parse(await limited(body, MOST_STATE));
     if (read === null || typeof read !== 'object' || Array.isArray(read) || read.v !== 1) throw new Error('not a state');
   } catch {
     return { state: {}, problems: ['This link cannot be read: the page starts as it always does.'] };
@@ -50,6 +69,10 @@ async function unpacked(text) {
   for (const [name, value] of Object.entries(fields)) {
     if (Object.hasOwn(FIELDS, name) && FIELDS[name](value)) state[name] = value;
     else bad.push(name.slice(0, 40));
+  }
+  if (state.turns && state.turns.length !== (state.prompts || []).length) {
+    delete state.turns;
+    bad.push('turns');
   }
   return { state, problems: bad.length ? [`The link says something about ${bad.slice(0, 8).join(', ')} that is not known here: left as it was.`] : [] };
 }

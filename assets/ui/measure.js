@@ -12,7 +12,8 @@ const signed = (text) => text.replace('-', '−');
 const percent = (share) => `${(100 * share).toFixed(1)}\u00a0%`; // the sign stays with its number
 
 function drawRunning(progress) {
-  find('[data-start]').disabled = running;
+  pause(find('[data-start]'), running);
+  if (!running) handOn([find('[data-cancel]')], find('[data-start]'));
   find('[data-cancel]').hidden = !running;
   const bar = find('progress');
   bar.hidden = !running;
@@ -128,10 +129,14 @@ function cell(value) {
   return /[",\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
 }
 
+/** What is done in a row, and how strongly: “direction added −1×” is two columns, of which one is a number. */
+const what = (row) => row.replace(/ [−\d.]+×$/, '');
+const strengthOf = (row) => (row === 'unchanged' ? 0 : Number(row.match(/ ([−\d.]+)×$/)?.[1].replace('−', '-') ?? 1));
+
 const FILES = {
   csv: () => {
     const head = ['class', 'row', 'n', 'refused', 'refused_low', 'refused_high', 'answered', 'answered_low', 'answered_high', 'unclear', 'kl_nats', 'cross_entropy_nats', 'repeated', 'strength'];
-    const rows = report.rates.map((r) => [r.harmful ? 'harmful' : 'harmless', r.row, r.n, r.refused, ...r.refused_interval, r.answered, ...r.answered_interval, r.unclear, r.kl ?? '', r.cross_entropy ?? '', r.repetition ?? '', '']);
+    const rows = report.rates.map((r) => [r.harmful ? 'harmful' : 'harmless', what(r.row), r.n, r.refused, ...r.refused_interval, r.answered, ...r.answered_interval, r.unclear, r.kl ?? '', r.cross_entropy ?? '', r.repetition ?? '', strengthOf(r.row)]);
     for (const [name, row] of curves ? [['damage', 'direction removed'], ['add', 'direction added']] : []) {
       const { n, scales, kl, cross_entropy: ce, repetition } = curves[name];
       rows.push(...scales.map((scale, i) => ['harmless', row, n, ...Array(7).fill(''), kl[i] ?? '', ce[i] ?? '', repetition[i], scale]));

@@ -21,6 +21,16 @@ function readable(token) {
   return token.replace(/\n/g, '⏎').replace(/\t/g, '⇥').replace(/ /g, '␣') || '∅';
 }
 
+/** Hands the focus on, should one of these have it: what is about to be hidden, disabled or replaced would lose it. */
+function handOn(nodes, heir) {
+  if (nodes.some((node) => node.contains(document.activeElement))) heir.focus();
+}
+
+/** A button that cannot be pressed meanwhile, and keeps the focus, which one that is disabled would lose. */
+function pause(button, now) {
+  button.setAttribute('aria-disabled', String(now));
+}
+
 /** Gives the visitor a file. */
 function save(name, type, content) {
   const link = make('a');

@@ -94,8 +94,8 @@ function sayError(sentence) {
 
 function drawSearching(stage, done, total) {
   const [start, cancel] = [find('[data-search]'), find('[data-cancel-search]')];
-  start.setAttribute('aria-disabled', String(isSearching)); // one that is disabled would lose the focus
-  if (!isSearching && document.activeElement === cancel) start.focus();
+  pause(start, isSearching);
+  if (!isSearching) handOn([cancel], start);
   cancel.hidden = !isSearching;
   const bar = find('[data-search-progress]');
   bar.hidden = !isSearching;

@@ -18,8 +18,9 @@ let seed = 0;
 let parts = []; // what writes to the stream of the model, by name
 let writers = null; // the parts from which alone the direction is removed; null is all
 let turns = 0;
-let script = []; // what a link has still to ask
+let script = []; // what a link or a file has still to ask, each message with its settings
 let begun = false; // what the link says has been done
+let taking = null; // the direction of a file is being taken, and who waits for it
 let direction = ''; // the one in use
 let inUse = {}; // what the bar says of it
 let classes = ['harmful', 'harmless']; // whose difference it is
@@ -51,13 +52,14 @@ function settings() {
     max_new_tokens: number('[data-length]', 96),
     seed,
     system: find('[data-system]').value.trim(),
-    writers,
+    writers: writers && [...writers].sort(),
   };
 }
 
 /** Confines the removal to these parts; null is all of them. What cannot be done is said where it would show. */
 function confine(names, problem = '') {
   writers = names;
+  if (!names) handOn([find('[data-everywhere]')], find('[data-on="removed"]'));
   find('[data-confined]').hidden = !names && !problem;
   find('[data-everywhere]').hidden = !names;
   find('[data-removed-where]').textContent = names ? `at ${names.length} of ${parts.length} parts` : 'everywhere';
@@ -70,10 +72,13 @@ function listed(names) {
   return names.length > 6 ? `${names.slice(0, 5).join(', ')} and ${names.length - 5} more` : names.join(', ');
 }
 
-/** Sends a request, after the one that runs has been stopped: their updates must not overtake each other. */
-function request(action, text = '', example = false) {
+/**
+ * Sends a request, after the one that runs has been stopped: their updates must not overtake each other. Without settings
+ * of its own it is answered with those on the page.
+ */
+function request(action, text = '', example = false, own = null) {
   clearTimeout(resting);
-  const asked = { action, prompt: text, example };
+  const asked = { action, prompt: text, example, own };
   if (running) {
     waiting = asked;
     halt();
@@ -81,7 +86,7 @@ function request(action, text = '', example = false) {
   }
   run += 1;
   setRunning(true);
-  trigger('ask', { run, ...asked, ...settings() });
+  trigger('ask', { run, action, prompt: text, example, ...(own || settings()) });
 }
 
 function halt() {
@@ -234,8 +239,8 @@ function rest(pane, reply) {
   const share = reply.writers ? `${reply.writers.length} of ${parts.length} parts` : '';
   const tokens = reply.tokens === 1 ? '1 token' : `${reply.tokens} tokens`;
   const end = reply.tokens === null // a server that does not count them
-    ? { stopped: 'stopped', length: 'cut at the longest', end: '' }
-    : { stopped: `stopped at ${tokens}`, length: `cut at ${tokens}`, end: tokens };
+    ? { stopped: 'stopped', length: 'cut at the longest', end: '', filtered: '' }
+    : { stopped: `stopped at ${tokens}`, length: `cut at ${tokens}`, end: tokens, filtered: `cut off at ${tokens}` };
   return [strength, share, end[reply.ending]].filter(Boolean).join(' · ');
 }
 
@@ -280,7 +285,7 @@ function draw() {
   drawTurns(view);
   drawErrors(view);
   accept(view);
-  if (view.error) sent = null;
+  if (view.error) [sent, script] = [null, []]; // the next message would take the sentence away, and lack this one before it
   if (!view.running) finish();
 }
 
@@ -288,11 +293,18 @@ function finish() {
   setRunning(false);
   foretell();
   askTint();
-  if (!waiting && script.length) waiting = { action: 'ask', prompt: script.shift(), example: false };
+  if (!waiting && script.length) waiting = { action: 'ask', example: false, ...script.shift() };
   if (!waiting) return;
   const next = waiting;
   waiting = null;
-  request(next.action, next.prompt, next.example);
+  request(next.action, next.prompt, next.example, next.own);
+}
+
+/** Asks these messages in a new conversation, each with the settings of its own where it has some. */
+function replay(messages) {
+  script = messages;
+  const { prompt: text, own } = script.shift();
+  request('fresh', text, false, own);
 }
 
 // -- along the reply ----------------------------------------------------------------------------------------------
@@ -552,6 +564,17 @@ async function begin(opening, before) {
     return;
   }
   begun = true;
+  const problem = apply(state);
+  if (problem) confine(null, `The link ${problem}`);
+  const { prompts = [], turns: own = [] } = state;
+  const page = settings();
+  if (prompts.length) replay(prompts.map((text, index) => ({ prompt: text, own: { ...page, ...own[index] } })));
+  else request('fresh', opening, true);
+}
+
+/** Puts the settings of a link or a file onto the page; what it cannot be given is the sentence's end. */
+function apply(state) {
+  let problem = '';
   for (const [name, dial] of [['removal', '[data-dial="removal"]'], ['addition', '[data-dial="addition"]']]) {
     if (name in state) move(find(dial), state[name] * SCALE[name]);
   }
@@ -564,16 +587,15 @@ async function begin(opening, before) {
   }
   if ('system' in state) find('[data-system]').value = state.system;
   if ('tint' in state) find('[data-tint]').value = state.tint;
-  if ('writers' in state) {
-    const known = state.writers.every((name) => parts.includes(name));
-    confine(known ? state.writers : null, known ? '' : 'The link names parts that this model does not have: the direction is removed from all.');
+  if (state.writers !== undefined) {
+    const known = (state.writers || []).every((name) => parts.includes(name));
+    confine(known ? state.writers : null);
+    if (!known) problem = 'names parts that this model does not have: the direction is removed from all.';
   }
   if (closed) close(closed);
   seed = state.seed ?? seed;
   showDials();
-  script = [...(state.prompts || [])];
-  if (script.length) request('fresh', script.shift());
-  else request('fresh', opening, true);
+  return problem;
 }
 
 function example(text, category) {
@@ -588,26 +610,51 @@ function example(text, category) {
 
 // -- saving -------------------------------------------------------------------------------------------------------
 
+/**
+ * The messages for a link, with what of their settings is not the page's, and how many were answered with a direction that
+ * a link cannot name.
+ */
+function gathered() {
+  const said = drawn && !drawn.turns.some((turn) => turn.example) ? drawn.turns : [];
+  const page = settings();
+  const others = said.map(({ settings: own }) => {
+    if (!own) return {};
+    const differs = Object.keys(page).filter((name) => JSON.stringify(own[name]) !== JSON.stringify(page[name]));
+    const moved = own.direction && own.direction.digest !== inUse.digest && own.direction.of_map;
+    return { ...Object.fromEntries(differs.map((name) => [name, own[name]])), ...(moved && { cell: [own.direction.position, own.direction.layer] }) };
+  });
+  return {
+    prompts: said.map((turn) => turn.prompt),
+    turns: others.some((own) => Object.keys(own).length) ? others : undefined,
+    elsewhere: said.filter(({ settings: own }) => own && own.direction && own.direction.digest !== inUse.digest && !own.direction.of_map).length,
+  };
+}
+
 /** The conversation as it stands, with everything needed to have it again. */
 function conversation() {
-  const { removal, addition, ...sampling } = settings();
   return {
     made_with: document.title,
     model: document.querySelector('#bar [data-model]').textContent,
     direction: { layer: inUse.layer, position: inUse.position, mark: inUse.mark, digest: inUse.digest },
-    ...sampling,
-    turns: drawn.turns.map(({ prompt: said, replies }) => ({ prompt: said, replies })),
+    ...settings(),
+    turns: drawn.turns.map(({ prompt: said, settings: own, replies }) => ({ prompt: said, settings: own, replies })),
   };
+}
+
+/** In one line what is the same in every pane of a message. */
+function settingsLine({ direction: used, ...set }) {
+  const read = closed || !used ? '' : `direction: layer ${used.layer}, position ${String(used.position).replace('-', '−')}, ${used.mark} (${used.digest}) · `;
+  return `${read}system prompt: ${set.system || 'none'} · temperature ${set.temperature}, seed ${set.seed}, at most ${set.max_new_tokens} tokens`
+    + `${set.writers ? ` · removed only from ${set.writers.join(', ')}` : ''}`;
 }
 
 function pageOf(saved) {
   const { page, add, text } = newPage(saved.made_with);
-  const { layer, position, mark, digest } = saved.direction;
-  const read = closed ? '' : ` · direction: layer ${layer}, position ${String(position).replace('-', '−')}, ${mark} (${digest})`;
-  add(page.body, 'p', `${saved.model}${read} · system prompt: ${saved.system || 'none'} · temperature ${saved.temperature}, seed ${saved.seed}, at most ${saved.max_new_tokens} tokens`
-    + `${saved.writers ? ` · removed only from ${saved.writers.join(', ')}` : ''}`);
-  for (const { prompt: said, replies } of saved.turns) {
+  const line = settingsLine(saved);
+  add(page.body, 'p', `${saved.model} · ${line}`);
+  for (const { prompt: said, settings: own, replies } of saved.turns) {
     add(page.body, 'h2', said);
+    if (own && settingsLine(own) !== line) add(page.body, 'p', settingsLine(own));
     const table = add(page.body, 'table');
     const [heads, texts, feet] = ['tr', 'tr', 'tr'].map((tag) => add(table, tag));
     for (const pane of PANES.filter((name) => replies[name])) {
@@ -624,6 +671,112 @@ function saveAs(kind) {
   const saved = conversation();
   if (kind === 'json') save('conversation.json', 'application/json', `${JSON.stringify(saved, null, 2)}\n`);
   else save('conversation.html', 'text/html', pageOf(saved));
+}
+
+// -- opening what was saved ---------------------------------------------------------------------------------------
+
+const MOST_FILE = 6000000; // bytes
+const MOST_ASKED = 200;
+
+/** Asks the messages of a saved conversation again: what it says that the panes said is not believed. */
+async function openSaved(file) {
+  let saved;
+  try {
+    if (file.size > MOST_FILE) throw new Error(`it has ${file.size} bytes, and at most ${MOST_FILE} are read`);
+    saved = readSaved(await file.text());
+  } catch (problem) {
+    drawErrors({ error: `${file.name} cannot be opened, ${problem.message}: choose a conversation that was saved here as JSON.`, notice: '' });
+    return;
+  }
+  if (!opened) return;
+  const { page, messages, direction: used, model } = saved;
+  const said = [];
+  const inBar = document.querySelector('#bar [data-model]').textContent;
+  if (model !== inBar) said.push(`The conversation was held with ${model}: ${inBar} may say something else.`);
+  if (messages.some(({ used: its }) => its && its.digest && its.digest !== inUse.digest && !isOfMap(its))) {
+    said.push('It was held with a direction that is not on the map, and the file does not have it: the one in use is taken instead.');
+  }
+  [script, waiting] = [[], null];
+  halt();
+  if (used && isOfMap(used) && used.digest !== inUse.digest && !closed && !inUse.isOwn) await take(used);
+  const problem = apply(page);
+  if (problem) confine(null, `The file ${problem}`);
+  document.dispatchEvent(new CustomEvent('note', { detail: said }));
+  const now = settings();
+  replay(messages.map(({ prompt: text, own, used: its }) => ({ prompt: text, own: { ...now, ...own, ...(!closed && its && isOfMap(its) && its.digest !== inUse.digest && { cell: [its.position, its.layer] }) } })));
+}
+
+/** Whether the model's map has this direction; older files do not say so, but where it is from. */
+function isOfMap({ of_map: ofMap, mark }) {
+  return ofMap ?? mark !== 'from a file';
+}
+
+/** Takes the direction for everything on the page; after a moment the one in use stays. */
+async function take({ position, layer }) {
+  taking = Promise.withResolvers();
+  setTimeout(taking.resolve, 4000);
+  document.dispatchEvent(new CustomEvent('restore', { detail: { position, layer } }));
+  await taking.promise;
+  taking = null;
+}
+
+/** The settings and messages in a file, which may say anything; throws an error that says what of it is wrong. */
+function readSaved(text) {
+  let saved;
+  try {
+    saved = JSON.parse(text);
+  } catch {
+    throw new Error('it is not JSON');
+  }
+  if (!isPlain(saved) || !Array.isArray(saved.turns) || !saved.turns.length) throw new Error('there is no message in it');
+  if (saved.turns.length > MOST_ASKED) throw new Error(`it has ${saved.turns.length} messages, and at most ${MOST_ASKED} are asked again`);
+  const common = given(saved);
+  const messages = saved.turns.map((turn, index) => {
+    const at = `message ${index + 1}`;
+    if (!isPlain(turn) || typeof turn.prompt !== 'string' || !turn.prompt.trim()) throw new Error(`${at} has no text`);
+    if (turn.settings !== undefined && turn.settings !== null && !isPlain(turn.settings)) throw new Error(`${at} has settings that are none`);
+    const own = { ...common, ...(turn.settings ? given(turn.settings) : strengths(turn.replies)) };
+    const used = directionOf(turn.settings || saved);
+    const wrong = wrongIn(own);
+    if (wrong) throw new Error(`the ${wrong} of ${at} cannot be had here`);
+    if (used !== null && !isDirection(used)) throw new Error(`${at} has a direction that is none`);
+    return { prompt: turn.prompt, own, used };
+  });
+  if (directionOf(saved) && !isDirection(saved.direction)) throw new Error('it has a direction that is none');
+  if (wrongIn(common)) throw new Error(`its ${wrongIn(common)} cannot be had here`);
+  const last = messages[messages.length - 1];
+  const { removal, addition, control, ...sampling } = { ...last.own, ...common };
+  const page = { ...sampling };
+  // What is not said stays as it is on the page, and a pane that is off leaves its dial.
+  for (const [name, strength] of [['removed', removal], ['added', addition], ['control', control]]) {
+    if (strength !== undefined) page[`${name}_on`] = strength !== null;
+  }
+  if (typeof removal === 'number') page.removal = removal;
+  if (typeof (addition ?? control) === 'number') page.addition = addition ?? control; // one dial is the strength of both
+  return {
+    messages,
+    direction: directionOf(saved) || last.used,
+    model: typeof saved.model === 'string' ? saved.model.slice(0, 300) : 'a model that it does not name',
+    page,
+  };
+}
+
+const given = (settings) => Object.fromEntries(Object.keys(SETTINGS).filter((name) => name in settings && name !== 'cell').map((name) => [name, settings[name]]));
+
+/** The strengths that the replies of an older file were given with: it has no settings message by message. */
+function strengths(replies) {
+  if (!isPlain(replies)) return {};
+  const of = (pane) => (isPlain(replies[pane]) ? replies[pane].strength : null);
+  return { removal: of('removed'), addition: of('added'), control: of('control') };
+}
+
+/** What is said of the direction; two servers have none. */
+function directionOf({ direction: said }) {
+  return said && said.digest === '' ? null : said ?? null;
+}
+
+function isDirection(value) {
+  return isPlain(value) && FIELDS.position(value.position) && FIELDS.layer(value.layer) && [value.digest, value.mark].every((text) => typeof text === 'string' && text.length <= 300);
 }
 
 // -- controls -----------------------------------------------------------------------------------------------------
@@ -700,6 +853,10 @@ function bind() {
     request('undo');
   });
   all('[data-save]').forEach((button) => button.addEventListener('click', () => saveAs(button.dataset.save)));
+  find('[data-open]').addEventListener('change', ({ target }) => {
+    const [file] = target.files;
+    if (file) openSaved(file).finally(() => { target.value = ''; });
+  });
   find('[data-clear]').addEventListener('click', () => {
     script = [];
     request('clear');
@@ -764,6 +921,10 @@ document.addEventListener('direction', ({ detail }) => {
   direction = detail.digest;
   find('[data-where]').textContent = said;
   clearTints();
+  if (taking) {
+    taking.resolve(); // its messages are asked next
+    return;
+  }
   again();
   foretell();
 });
@@ -782,7 +943,7 @@ document.addEventListener('gather', ({ detail }) => {
     system: find('[data-system]').value.trim(),
     writers: writers ?? undefined,
     seed,
-    prompts: drawn && !drawn.turns.some((turn) => turn.example) ? drawn.turns.map((turn) => turn.prompt) : [],
+    ...gathered(),
   });
 });
 document.addEventListener('forecast', ({ detail }) => { if (element.isConnected && detail) foretold(detail); });

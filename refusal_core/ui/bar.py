@@ -19,6 +19,8 @@ BROKEN: dict[Rule, str] = {
 }
 """What a candidate did that the rule forbids."""
 
+FROM_FILE = "from a file"
+
 
 def bar_view(
     status: Status,
@@ -83,17 +85,7 @@ def _direction_view(ready: Ready) -> dict:
         "position": source.position,
         "token": ready.model.template_tokens[source.position],
         "norm": f"{ready.direction.norm:.3g}",
-        "mark": "from a file"
-        if score is None
-        else contrast
-        if contrast
-        else "chosen by hand"
-        if not by_rule
-        else "rule relaxed"
-        if found.choice.relaxed
-        else COSMIC
-        if source.chosen_by
-        else "passed every rule",
+        "mark": mark_of(ready),
         "passed": by_rule and found.choice.relaxed is None and not contrast and not source.chosen_by,
         "own": bool(ready.own),
         "classes": found.prompts.classes,
@@ -105,6 +97,18 @@ def _direction_view(ready: Ready) -> dict:
         "prompts": _prompts(source),
         "refusal_tokens": tokens_view(ready.model, found),
     }
+
+
+def mark_of(ready: Ready) -> str:
+    """In a few words where the direction in use is from."""
+    found, source = ready.found, ready.direction.source
+    if ready.score is None:
+        return FROM_FILE
+    if source.contrast:
+        return source.contrast
+    if source != found.direction.source:
+        return "chosen by hand"
+    return "rule relaxed" if found.choice.relaxed else COSMIC if source.chosen_by else "passed every rule"
 
 
 def _prompts(source: Source) -> str:

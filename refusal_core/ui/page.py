@@ -25,26 +25,25 @@ from refusal_core.ui.lending import GLANCE, SEARCH, on_gpu, once_on_gpu
 from refusal_core.ui.map import map_view, umap_view
 from refusal_core.ui.measure import Wish, measured
 from refusal_core.ui.search import Search, Searches, search
-from refusal_core.ui.talk import MAX_NEW_TOKENS, OPENING, Ask, Stops, Turn, opening_view, served_view, talk, tint, view
+from refusal_core.ui.talk import (
+    MAX_NEW_TOKENS,
+    OPENING,
+    SETTINGS,
+    Ask,
+    Stops,
+    Turn,
+    opening_view,
+    served_view,
+    talk,
+    tint,
+    view,
+)
 
 VISITORS_AT_ONCE = 16
 FORECASTS_AT_ONCE = 4
 SEARCHES_AT_ONCE = 2
 TITLE = "Refusal is a direction"
-SENT = (
-    "run",
-    "action",
-    "prompt",
-    "example",
-    "removal",
-    "addition",
-    "control",
-    "temperature",
-    "max_new_tokens",
-    "seed",
-    "system",
-    "writers",
-)
+SENT = ("run", "action", "prompt", "example", "cell", *SETTINGS)
 """The fields of a request to the Talk tab."""
 
 SOUGHT = ("run", "prompts", "kind", "first", "second", "first_name", "second_name", "file_name", "file_text", "tokens")
@@ -138,8 +137,9 @@ class Handlers:
         sent = {name: getattr(event, name, None) for name in SENT}
         try:
             ask = Ask.read(sent, self._most_tokens)
-            speaker = self._speaker(visit)
-        except (PromptError, ModelError) as error:
+            # Not of a map that the visitor had made: what names a cell alone can only mean the model's own.
+            speaker = self._speaker(visit if ask.cell is None else Visit(visit.model, ask.cell))
+        except (PromptError, ModelError, DirectionError) as error:
             run = sent["run"]
             yield turns, view(turns, run if isinstance(run, int) else 0, error=str(error))
             return

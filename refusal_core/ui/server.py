@@ -94,6 +94,35 @@ class Guard:
         await (refusal or self._app)(scope, receive, send_guarded)
 
 
+class FirstPaint:
+    """Puts into the head of the page what is seen of it before Gradio's scripts are there; nothing of Gradio's offers that."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app, self._style = app, f"<style>{(ASSETS / 'first.css').read_text('utf-8')}</style></head>".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request of the ASGI server."""
+        if scope["type"] != "http" or scope["path"] != "/" or scope["method"] != "GET":
+            await self._app(scope, receive, send)
+            return
+        begun: list[Message] = []
+        page = bytearray()
+
+        async def send_whole(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                begun.append(message)
+                return
+            page.extend(message.get("body", b""))
+            if message.get("more_body"):
+                return
+            whole = bytes(page).replace(b"</head>", self._style, 1)
+            headers = [(name, value) for name, value in begun[0]["headers"] if name.lower() != b"content-length"]
+            await send({**begun[0], "headers": [*headers, (b"content-length", str(len(whole)).encode())]})
+            await send({**message, "body": whole})
+
+        await self._app(scope, receive, send_whole)
+
+
 def _turned_away(scope: Scope) -> PlainTextResponse | None:
     if scope["path"].startswith("/gradio_api/upload"):
         return PlainTextResponse("Nothing is uploaded here.", 403)
@@ -181,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             pwa=False,
             show_error=False,
             ssr_mode=False,
-            app_kwargs={"middleware": [Middleware(Guard)], "routes": routes(engine)},
+            app_kwargs={"middleware": [Middleware(Guard), Middleware(FirstPaint)], "routes": routes(engine)},
         )
     except OSError as error:
         print(f"The app cannot listen there ({error}): give another --host or --port.", file=sys.stderr)

@@ -2,14 +2,15 @@
 
 The truth is a tuple of turns in the visitor's session; the panes are a view of it, made here and drawn by
 `assets/ui/talk.js`. A conversation of a pane consists of what that pane said, so that text of a changed model can
-never reach the unchanged one.
+never reach the unchanged one. A turn keeps the settings that it was answered with; only the last one is ever answered
+again, with those of the request.
 """
 
 import math
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -17,17 +18,22 @@ from refusal_core.attribution import read_along
 from refusal_core.chat_model import ModelError
 from refusal_core.directions import random_like
 from refusal_core.endpoints import stream_replies
+from refusal_core.evaluation import judged
 from refusal_core.generation import Ending, Step, stream_side_by_side
 from refusal_core.interventions import Intervention, Row
 from refusal_core.metrics import judge, refusal_probability
 from refusal_core.prompts import PromptError, PromptSet
-from refusal_core.ui.engine import CLOSED, Ready, Served
+from refusal_core.ui.bar import FROM_FILE, mark_of
+from refusal_core.ui.engine import CLOSED, Cell, Ready, Served
 from refusal_core.ui.lending import GLANCE, REPLY, on_gpu, once_on_gpu
 
 Pane = Literal["unchanged", "removed", "added", "control"]
 PANES: tuple[Pane, ...] = get_args(Pane)
 Action = Literal["ask", "fresh", "again", "undo", "clear"]
 ACTIONS: dict[str, Action] = {action: action for action in get_args(Action)}
+
+SETTINGS = ("removal", "addition", "control", "temperature", "max_new_tokens", "seed", "system", "writers")
+"""The fields of a request that say how its message is answered, besides the direction."""
 
 MAX_CHARACTERS = 50_000
 MAX_SYSTEM = 2_000
@@ -73,25 +79,12 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A prompt and the replies of the panes that were on; `example` marks the one the page asks by itself.
-
-    `system` is the system prompt it was answered under, the same for every pane; empty for none.
-    """
-
-    prompt: str
-    replies: dict[Pane, Reply] = field(default_factory=dict)
-    example: bool = False
-    split: Split | None = None
-    system: str = ""
-
-
-@dataclass(frozen=True)
 class Ask:
     """What the page asks for. `removal`, `addition` and `control` are None where the pane is off.
 
     `control` is the strength at which a random direction of the same norm is added; `writers` are the parts of the
-    model from which alone the direction is removed, None for all.
+    model from which alone the direction is removed, None for all. `cell` is a candidate to answer with instead of the
+    direction in use, as a turn of a conversation that is asked again may have been.
     """
 
     run: int
@@ -106,6 +99,7 @@ class Ask:
     seed: int = 0
     system: str = ""
     writers: frozenset[str] | None = None
+    cell: Cell | None = None
 
     @classmethod
     def read(cls, sent: Mapping[str, object], most_tokens: int = MAX_NEW_TOKENS) -> "Ask":
@@ -131,7 +125,45 @@ class Ask:
             seed=int(_number(sent, "seed", 0.0, 2.0**31)),
             system=system.strip() if isinstance(system, str) else "",
             writers=_writers(sent.get("writers")),
+            cell=_cell(sent.get("cell")),
         )
+
+
+@dataclass(frozen=True)
+class Used:
+    """The direction that a turn was answered with; `of_map` is whether the model's own map has it."""
+
+    layer: int
+    position: int
+    mark: str
+    digest: str
+    of_map: bool
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A prompt and the replies of the panes that were on; `example` marks the one the page asks by itself.
+
+    `system` is the system prompt it was answered under, the same for every pane; empty for none. `ask` is the request it
+    was answered to, with its settings, and `used` its direction; None of two servers.
+    """
+
+    prompt: str
+    replies: dict[Pane, Reply] = field(default_factory=dict)
+    example: bool = False
+    split: Split | None = None
+    system: str = ""
+    ask: Ask | None = None
+    used: Used | None = None
+
+
+def _cell(sent: object) -> Cell | None:
+    """A candidate by position and layer; whether the map has it is said when it is taken."""
+    if sent is None:
+        return None
+    if not isinstance(sent, list) or len(sent) != 2 or not all(type(number) is int for number in sent):
+        raise PromptError("Cell is a position and a layer of the map: take it again.")
+    return sent[0], sent[1]
 
 
 def _writers(sent: object) -> frozenset[str] | None:
@@ -206,6 +238,7 @@ def talk(
     left = turns
     try:
         earlier, asked = next_turn(turns, ask)
+        asked = replace(asked, ask=ask, used=None if isinstance(ready, Served) else _used(ready))
         growing = (
             _served_replies(ready, earlier, asked, ask, stop)
             if isinstance(ready, Served)
@@ -217,6 +250,11 @@ def talk(
             yield (*earlier, turn), view((*earlier, turn), ask.run, running=not finished)
     except (PromptError, ModelError) as error:
         yield left, view(left, ask.run, error=str(error))
+
+
+def _used(ready: Ready) -> Used:
+    source, mark = ready.direction.source, mark_of(ready)
+    return Used(source.layer, source.position, mark, ready.digest, of_map=not ready.own and mark != FROM_FILE)
 
 
 def next_turn(turns: tuple[Turn, ...], ask: Ask) -> tuple[tuple[Turn, ...], Turn]:
@@ -421,9 +459,18 @@ def view(turns: Sequence[Turn], run: int, *, running: bool = False, error: str =
                 "example": turn.example,
                 "replies": {pane: _reply_view(reply) for pane, reply in turn.replies.items()},
                 "split": None if turn.split is None else {"index": turn.split.index, "likely": turn.split.likely},
+                "settings": None if turn.ask is None else _settings_view(turn.ask, turn.used),
             }
             for turn in turns
         ],
+    }
+
+
+def _settings_view(ask: Ask, used: Used | None) -> dict:
+    """What a turn was answered with, in the fields of a request, and the direction."""
+    return {name: getattr(ask, name) for name in SETTINGS} | {
+        "writers": None if ask.writers is None else sorted(ask.writers),
+        "direction": None if used is None else asdict(used),
     }
 
 
@@ -439,7 +486,7 @@ def _reply_view(reply: Reply) -> dict:
     }
     if reply.ending is None or (reply.ending == "stopped" and not reply.text):
         return shown
-    verdict = judge(reply.text, "default")
+    verdict = judged(reply.text, reply.ending, "default")
     if reply.ending == "stopped" and not verdict.refused:
         return shown
     return shown | {"verdict": verdict.label, "because": verdict.phrase or verdict.reason}
@@ -449,7 +496,7 @@ def _notice(turn: Turn) -> str:
     """What the replies show taken together, where that needs saying."""
     said = {reply.text for reply in turn.replies.values()}
     changed = [reply for pane, reply in turn.replies.items() if reply.strength and pane != "control"]
-    if changed and len(said) == 1 and all(reply.ending != "stopped" for reply in turn.replies.values()):
+    if changed and len(said) == 1 and not {reply.ending for reply in turn.replies.values()} & {"stopped", "filtered"}:
         return "All panes answered the same: the direction hardly matters for this prompt."
     if (pushed := turn.replies.get("added")) and pushed.ending and "repeats" in judge(pushed.text, "default").reason:
         return f"The text repeats itself: the push is too strong. Try below {pushed.strength:g}×."
