@@ -246,7 +246,8 @@ def _read_config(folder: Path, name: str) -> transformers.PretrainedConfig:
             f"{name} comes with code of its own, which is never run here: take a model that transformers knows."
         )
     text = config.get_text_config()
-    _check_counts({count: getattr(text, count, None) for count in COUNTS}, name)
+    values = text.to_dict()  # where layers differ, an attribute that they have each for themselves cannot be asked for
+    _check_counts({count: values.get(text.attribute_map.get(count, count)) for count in COUNTS}, name)
     if quantised := written.get("quantization_config"):
         method = quantised.get("quant_method", "packed") if isinstance(quantised, dict) else "packed"
         raise ModelError(
