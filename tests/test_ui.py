@@ -1398,16 +1398,16 @@ def test_before_the_page_is_there_a_sentence_of_its_own_says_so_and_no_bare_load
         return tab.evaluate("of => getComputedStyle(document.querySelector(of), '::before').content", selector)
 
     context = chromium.new_context(color_scheme="dark")
-    tab, held = context.new_page(), []
-    tab.route("**/assets/*.js", held.append)
+    tab = context.new_page()
+    tab.route("**/assets/*.js", lambda route: None)
     tab.goto(app.url, wait_until="commit")
     tab.wait_for_selector("gradio-app", state="attached")
     assert sentence("gradio-app") == '"Refusal is a direction. The page is being set up."'
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 22, 20)"
-    tab.unroute("**/assets/*.js")
-    tab.route("**/theme.css*", lambda route: None)  # Gradio waits for it
-    for route in held:
-        route.continue_()
+    tab.close()
+    tab = context.new_page()
+    tab.route("**/theme.css*", lambda route: None)  # Gradio's scripts wait for it
+    tab.goto(app.url, wait_until="commit")
     tab.wait_for_selector("p.loading", state="attached")
     assert sentence("p.loading") == '"Refusal is a direction. The page is being set up."'
     assert tab.locator("p.loading").evaluate("node => getComputedStyle(node).fontSize") == "0px"

@@ -249,7 +249,7 @@ def test_umap_is_shown_on_demand_with_what_it_is_doing_and_called_exploratory(ta
     caption = tab.locator("[data-map-caption]")
     expect(caption).to_have_text(re.compile(r"^UMAP: (preparing|laying).*, \d+ s …$"))
     expect(tab.get_by_role("button", name="Play")).to_be_hidden()
-    expect(caption).to_contain_text("mean nothing", timeout=90_000)
+    expect(caption).to_contain_text("mean nothing", timeout=300_000)
     expect(tab.locator("[data-map] .point").first).to_be_visible()
     assert places(tab)[: len(before) - 1] != before[:-1]
     expect(tab.locator("[data-map]")).to_contain_text("exploratory")
