@@ -182,6 +182,7 @@ def test_what_lies_inside_and_rates_are_measured(space, tab):
     expect(tab.locator("#inside .js-plotly-plot").first).to_be_visible(timeout=30_000)
     tab.get_by_role("tab", name="Measure").click()
     tab.locator("#measure input[type=number]").first.fill("5")
+    tab.locator("#measure [data-length]").fill("8")
     tab.get_by_role("button", name="Measure", exact=True).click()
     expect(tab.locator("[data-curves-meaning]")).to_contain_text("Means over", timeout=120_000)
     assert space.page_ran_nothing()
