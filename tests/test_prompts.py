@@ -1,6 +1,7 @@
 """What a list of prompts promises: disjoint splits, both classes, and one clear sentence for what cannot be used."""
 
 import json
+from pathlib import Path
 
 import pytest
 from jaxtyping import TypeCheckError
@@ -69,6 +70,13 @@ def test_a_file_without_splits_is_split_without_overlap(tmp_path, kind):
     assert all(int(t.split()[1]) % 2 == 0 for p in parts for t in p.harmful)
 
 
+def assert_refused_in_one_sentence(path: Path, text: str, says: str) -> None:
+    path.write_text(text)
+    with pytest.raises(PromptError, match=says) as caught:
+        load_prompts("train", path)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -91,11 +99,7 @@ def test_a_file_without_splits_is_split_without_overlap(tmp_path, kind):
     ],
 )
 def test_a_file_that_cannot_be_used_says_why_in_one_sentence(tmp_path, text, says):
-    path = tmp_path / "mine.jsonl"
-    path.write_text(text)
-    with pytest.raises(PromptError, match=says) as caught:
-        load_prompts("train", path)
-    assert "\n" not in str(caught.value)
+    assert_refused_in_one_sentence(tmp_path / "mine.jsonl", text, says)
 
 
 @pytest.mark.parametrize(
@@ -109,11 +113,7 @@ def test_a_file_that_cannot_be_used_says_why_in_one_sentence(tmp_path, text, say
     ],
 )  # fmt: skip
 def test_a_table_without_the_column_of_the_prompts_names_those_it_has_and_what_to_do(tmp_path, text, says):
-    path = tmp_path / "mine.csv"
-    path.write_text(text)
-    with pytest.raises(PromptError, match=says) as caught:
-        load_prompts("train", path)
-    assert "\n" not in str(caught.value)
+    assert_refused_in_one_sentence(tmp_path / "mine.csv", text, says)
 
 
 def test_a_table_of_one_class_needs_the_column_of_the_prompts_only(tmp_path):
