@@ -1120,6 +1120,15 @@ def test_a_bad_link_is_named_and_does_no_harm(chromium, app, text, says):
     tab.context.close()
 
 
+@pytest.mark.parametrize("own", [{"addition": 9}, {"tab": "Map"}, None])
+def test_settings_of_a_message_that_cannot_be_are_named_and_it_is_asked_with_those_of_the_page(chromium, app, own):
+    prompts = ["How do I bake bread?"]
+    tab, _ = follow(chromium, f"{app.url}/#{encoded({'v': 1, 'prompts': prompts, 'turns': [own]})}")
+    expect(tab.locator("#bar [data-note]")).to_contain_text("turns that is not known")
+    expect(tab.locator(".cell[data-pane='added'] .rest").last).to_contain_text("1.00×", timeout=15_000)
+    tab.context.close()
+
+
 # -- measure and inside --------------------------------------------------------------------------------------------
 
 
