@@ -8,14 +8,15 @@ Each is also a program of its own, such as `python -m benchmarks.find --repeats 
 import argparse
 from pathlib import Path
 
-from benchmarks import find, forecast, growth, hooks, memory, painted, reading, side_by_side, start, visitors
+from benchmarks import find, forecast, growth, hooks, memory, opening, painted, reading, side_by_side, start, visitors
 from benchmarks.subjects import subject
 from benchmarks.timing import machine
 
 RUNS = (
     (side_by_side, "embedded", 7), (side_by_side, "0.5B", 1), (visitors, "embedded", 5), (visitors, "0.5B", 1),
     (hooks, "embedded", 7), (hooks, "0.5B", 3), (reading, "embedded", 5), (forecast, "embedded", 30),
-    (forecast, "0.5B", 3), (find, "embedded", 5), (start, "embedded", 3), (painted, "embedded", 9),
+    (forecast, "0.5B", 3), (find, "embedded", 5), (start, "embedded", 3), (opening, "embedded", 5),
+    (painted, "embedded", 9),
 )  # fmt: skip
 """Which benchmark, on which model, how many times."""
 

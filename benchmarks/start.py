@@ -9,12 +9,10 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+from benchmarks.browsing import ROOT, free_port
 from benchmarks.subjects import Subject
 from benchmarks.timing import Measured, main, take_turns
-
-ROOT = Path(__file__).parent.parent
 
 
 def measure(subject: Subject, repeats: int) -> Measured:
@@ -33,9 +31,7 @@ def _python(*arguments: str) -> None:
 
 
 def _first_page() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     app = subprocess.Popen(
         [sys.executable, "app.py", "--port", str(port)], cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ
     )

@@ -4,7 +4,6 @@ import refusal_core  # noqa: F401  (before torch: it says how the threads of tor
 
 # isort: split
 import contextlib
-import fcntl
 import os
 import resource
 import threading
@@ -30,16 +29,6 @@ HARMLESS = "How do I bake bread?"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # as many processes as cores
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item):
-    """A test marked `alone` has the machine to itself: those of the other processes end before it, or wait for it."""
-    with (ROOT / "pyproject.toml").open() as all_of_them, Path(__file__).open() as turnstile:
-        fcntl.flock(turnstile, fcntl.LOCK_EX)  # whoever waits for the others lets no new one pass
-        fcntl.flock(all_of_them, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
-        fcntl.flock(turnstile, fcntl.LOCK_UN)
-        return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -442,12 +442,10 @@ def set_dial(tab: Page, name: str, value: float) -> None:
 # -- what a visitor sees -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.alone
-def test_three_live_replies_are_there_three_seconds_after_opening_without_a_click(chromium, app):
+def test_three_live_replies_are_there_after_opening_without_a_click(chromium, app):
+    """How soon is measured in `benchmarks/opening.py`."""
     tab, seen = open_tab(chromium, app)
-    began = time.monotonic()
-    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
-    assert time.monotonic() - began < 3
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
     assert all(replies(tab))
     assert not seen.faults
     tab.context.close()
