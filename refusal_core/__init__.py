@@ -10,6 +10,7 @@ Each module is a room, and may import only rooms above it:
     decoding        replies in progress, of all visitors in one batch
     checkpoints     a model's files: found in a folder or on the hub, judged before anything large is fetched
     placement       where a model's weights are: on one device, or spread over GPUs, memory and the disk
+    bridge          which modules of a family stand on the residual stream, as TransformerLens names them
     chat_model      a chat model whose residual stream can be read and written
     formats         directions in the files of other tools
     activations     the residual stream of many prompts at the template positions

@@ -10,8 +10,8 @@ modules, look up the step in hand, and do nothing outside it, so two streams tha
 see each other's edits. Batches are padded on the left, always with the attention mask and explicit positions:
 without either, a short row's logits are wrong by several units.
 
-The weights are the checkpoint's own (no folding, no centring). TransformerLens' `TransformerBridge` says which modules of
-a family write to the stream; the hooks are on these modules themselves, so that a step costs what it costs without.
+The weights are the checkpoint's own (no folding, no centring). `bridge` says which modules of a family
+write to the stream; the hooks are on these modules themselves, so that a step costs what it costs without.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ import copy
 import functools
 import math
 import re
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,10 +32,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
-from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
-from transformer_lens.model_bridge.generalized_components import OpaqueBlockBridge
-from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
-from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from refusal_core import checkpoints, placement
@@ -141,20 +136,6 @@ class _Step:
         return bool(self.edits.ablates or self.patches or self.with_gradients or self.read_writes is not None)
 
 
-@dataclass(frozen=True, eq=False)
-class _Parts:
-    """The modules of a model that stand on its residual stream; `writers` by the names that rows call them by.
-
-    `head_outputs` are each layer's matrix through which its heads write; empty where heads cannot be told apart.
-    """
-
-    blocks: list[torch.nn.Module]
-    writers: dict[str, torch.nn.Module]
-    embedding_scale: float
-    final_norm: torch.nn.Module
-    head_outputs: list[Any]
-
-
 Thinking = Literal["never", "off", "closed"]
 THINKING: dict[Thinking, str] = {"never": "", "off": "thinking switched off", "closed": "thinking block closed"}
 """Here no model thinks before its reply, so that the reply begins where the stream is read: its template knows no
@@ -183,7 +164,10 @@ class ChatModel:
         self._lock = Turns()
         self._desk = Desk(self._lock, lambda edits, **inputs: self._run(_Step(edits), use_cache=True, **inputs))
         self._step: _Step | None = None
-        self._parts = _parts(model, tokenizer, name)
+        # Only here: TransformerLens takes longer to import than anything else, and a page need not wait for it.
+        from refusal_core.bridge import parts_of
+
+        self._parts = parts_of(model, tokenizer, name)
         self.writers = tuple(self._parts.writers)
         self.n_layers: int = len(self._parts.blocks)
         self.placed = placed or Placement(self.device, self.dtype)
@@ -623,7 +607,7 @@ class ChatModel:
         """The `keep` last positions. By their number alone, blocks without keys of their own would drop all others."""
         return keep if self._first_lender is None else torch.arange(ids.shape[1], device=ids.device)[-keep:]
 
-    # -- the seam to TransformerLens -------------------------------------------------------------------------------
+    # -- the hooks -------------------------------------------------------------------------------------------------
 
     def _place_hooks(self) -> None:
         """Hooks that stay on the model for good, and do nothing but what the step in hand asks for."""
@@ -689,7 +673,7 @@ class ChatModel:
     def _check_writes(self) -> None:
         """Raises ModelError unless the hooked writes sum to the stream: a write that is missed is not ablated."""
         for layer in range(self.n_layers):
-            if any(f"{part} {layer}" not in self.writers for part in BLOCK_WRITERS):
+            if self._parts.lacks_a_write(layer):
                 raise ModelError(
                     f"{self.name}: block {layer} has a write to the residual stream that cannot be hooked, so ablation "
                     "would be incomplete. Take a model of another family."
@@ -825,106 +809,6 @@ def _first_lender(model: transformers.PreTrainedModel) -> int | None:
     """The first block whose keys and values later blocks read instead of their own, None if there is none."""
     modes = getattr(model.config.get_text_config(), "kv_sharing_modes", [])
     return modes.index("store") if "reuse" in modes else None
-
-
-BLOCK_WRITERS = {"attention": "hook_attn_out", "MLP": "hook_mlp_out"}
-"""The writers of a block, and what TransformerLens calls the point where each writes: after a post-norm, if there is one."""
-
-PER_LAYER_INPUT = "post_per_layer_input_norm"
-"""The norm through which a block of Gemma 4 writes what it makes of its per-layer embedding of the tokens, if it has one."""
-
-
-def _parts(model: transformers.PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str) -> _Parts:
-    """The parts that TransformerLens names, and `model` as it was before it was asked."""
-    bridge = _bridge(model, tokenizer, name)
-    embeddings = {"embedding": "embed", "positions": "pos_embed"}
-    writers = {n: getattr(bridge, part).original_component for n, part in embeddings.items() if hasattr(bridge, part)}
-    for layer, block in enumerate(bridge.blocks):
-        by_point = {
-            id(c.hook_out): c.original_component for c in block.modules() if isinstance(c, GeneralizedComponent)
-        }
-        linear = getattr(block, "linear_attn", None)  # what some blocks of hybrid families have instead
-        for part, name in BLOCK_WRITERS.items():
-            point = linear.hook_out if linear is not None and part == "attention" else getattr(block, name, None)
-            if point is not None:
-                writers[f"{part} {layer}"] = by_point[id(point)]
-        if (norm := getattr(block, PER_LAYER_INPUT, None)) is not None:
-            writers[f"PLE {layer}"] = norm.original_component
-    heads = _head_outputs(bridge.blocks, model.config.get_text_config().num_attention_heads)
-    parts = _Parts(
-        blocks=[block.original_component for block in bridge.blocks],
-        writers=writers,
-        embedding_scale=getattr(bridge.embed, "_output_contribution_scale", 1.0),
-        final_norm=bridge.ln_final.original_component,
-        head_outputs=heads,
-    )
-    for module in list(model.modules()):
-        for child, component in list(module.named_children()):
-            if isinstance(component, GeneralizedComponent) and child != "_original_component":
-                setattr(module, child, component.original_component)
-    return parts
-
-
-OUTPUT_MATRICES = ("o_proj", "c_proj", "dense", "out_proj")
-"""What families call the matrix through which the attention heads write."""
-
-
-def _head_outputs(blocks: Any, n_heads: int) -> list[Any]:
-    """Each layer's matrix through which its heads write to the stream; empty where heads cannot be told apart.
-
-    Behind a post-norm they cannot: what is written depends on all heads together.
-    """
-    found = []
-    for block in blocks:
-        attention = getattr(block, "attn", None)
-        module = getattr(attention, "original_component", None)
-        matrix = next((m for name in OUTPUT_MATRICES if (m := getattr(module, name, None)) is not None), None)
-        weight = getattr(matrix, "weight", None)
-        if hasattr(block, "ln1_post") or not torch.is_tensor(weight) or not weight.is_floating_point():
-            return []
-        n_inputs = weight.shape[1] if isinstance(matrix, torch.nn.Linear) else weight.shape[0]
-        if weight.ndim != 2 or n_inputs % n_heads:
-            return []
-        found.append(matrix)
-    return found
-
-
-def _bridge(model: transformers.PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str):
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # aliases of hook points that are left out
-            return build_bridge_from_module(
-                model,
-                type(model).__name__,
-                hf_config=model.config,
-                tokenizer=tokenizer,
-                model_name=name,
-                post_adapter_hook=_keep_the_familys_modules,
-            )
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{name}: TransformerLens cannot hook {type(model).__name__} ({error}).") from error
-
-
-def _keep_the_familys_modules(adapter: ArchitectureAdapter) -> None:
-    """Hooks what the blocks read and write, and leaves everything inside them to the family's own (fast) code."""
-    mapping = cast(dict[str, Any], adapter.component_mapping)
-    blocks = mapping["blocks"]
-    parts = ("attn", "linear_attn", "mlp", "ln1_post", "ln2_post", PER_LAYER_INPUT)
-    kept = {k: v for k, v in blocks.submodules.items() if k in parts}
-    # A block that scales its outputs (Granite) names no points for them: they are those of attention and MLP.
-    points = {"hook_attn_out": "attn.hook_out", "hook_mlp_out": "mlp.hook_out"} | blocks.hook_aliases
-    aliases = {k: v for k, v in points.items() if k in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out")}
-    positions = {k: GeneralizedComponent(name=v.name) for k, v in mapping.items() if k == "pos_embed"}
-    adapter.component_mapping = {
-        "embed": mapping["embed"],
-        **positions,
-        "ln_final": GeneralizedComponent(name=mapping["ln_final"].name),
-        "blocks": OpaqueBlockBridge(
-            name=blocks.name,
-            submodules={k: GeneralizedComponent(name=v.name, optional=v.optional) for k, v in kept.items()},
-            hook_alias_overrides=aliases,
-        ),
-    }
 
 
 def _outline(checkpoint: Checkpoint, dtype: torch.dtype) -> transformers.PreTrainedModel:

@@ -2,13 +2,15 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import refusal_core
 
 ROOT = Path(refusal_core.__file__).parent
 OWNERS = {
-    "transformer_lens": {"chat_model"},
+    "transformer_lens": {"bridge"},
     "sklearn": {"geometry"},
     "umap": {"geometry"},
     "plotly": {"plots"},
@@ -53,3 +55,9 @@ def test_each_library_has_one_owner():
     for path in MODULES:
         for library in {name.split(".")[0] for name in imports_of(path)} & set(OWNERS):
             assert room_of(path) in OWNERS[library], f"{path.name} imports {library}"
+
+
+def test_the_page_is_imported_without_transformer_lens_which_only_a_model_needs():
+    said = "import sys, refusal_core.ui.server; print('torch' in sys.modules, 'transformer_lens' in sys.modules)"
+    asked = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert asked.stdout.split() == ["True", "False"]
