@@ -137,7 +137,14 @@ def test_chosen_parts_confine_the_removal_in_talk_in_its_link_and_in_what_is_sav
     for n_chosen, (column, layer) in enumerate(((0, 3), (columns - 1, 1)), start=1):  # a head, and an MLP
         click_part(tab, (column + 0.5) / columns, 1 - (layer + 0.5) / layers, n_chosen)
     expect(chosen).to_have_text(["MLP 1", "attention 3"])
-    tab.get_by_label("Add a part").select_option("embedding")
+    another, add = tab.get_by_label("Another part"), tab.get_by_role("button", name="Add it")
+    another.press("ArrowDown")  # going through the list adds nothing yet
+    expect(another).not_to_have_value("")
+    expect(chosen).to_have_count(2)
+    another.select_option("embedding")
+    add.press("Enter")
+    expect(another).to_be_focused()
+    expect(add).to_be_disabled()
     expect(chosen).to_have_text(["embedding", "MLP 1", "attention 3"])
     tab.get_by_role("tab", name="Talk").click()
     tab.locator("[data-on='removed']").uncheck()

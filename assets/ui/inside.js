@@ -68,8 +68,12 @@ function drawChosen() {
   find('[data-only]').disabled = !names.length;
   find('[data-none]').disabled = !names.length;
   const option = (name) => Object.assign(make('option', name), { value: name });
-  const first = Object.assign(make('option', 'add a part'), { value: '' });
-  find('[data-add]').replaceChildren(first, ...writers.writers.filter((name) => !chosen.has(name)).map(option));
+  const first = Object.assign(make('option', 'another part …'), { value: '' });
+  const [list, others] = [find('[data-add]'), writers.writers.filter((name) => !chosen.has(name))];
+  const picked = list.value;
+  list.replaceChildren(first, ...others.map(option));
+  list.value = others.includes(picked) ? picked : '';
+  find('[data-put]').disabled = !list.value;
 }
 
 /** A change of the refusal score with a sign that can be read; what is lost is negative. */
@@ -209,7 +213,11 @@ for (const [button, every] of [['[data-measure]', false], ['[data-every]', true]
     trigger('measure', { run: measures, every });
   });
 }
-find('[data-add]').addEventListener('change', ({ target }) => { if (target.value) toggle(target.value); });
+find('[data-add]').addEventListener('change', ({ target }) => { find('[data-put]').disabled = !target.value; });
+find('[data-put]').addEventListener('click', () => {
+  toggle(find('[data-add]').value);
+  find('[data-add]').focus(); // the list has begun anew, and there is nothing to add yet
+});
 find('[data-none]').addEventListener('click', () => { chosen = new Set(); drawWriters(); });
 find('[data-only]').addEventListener('click', () => {
   document.dispatchEvent(new CustomEvent('confine', { detail: writers.writers.filter((name) => chosen.has(name)) }));
