@@ -149,7 +149,7 @@ class ChatModel:
 
     def __init__(
         self,
-        model: transformers.PreTrainedModel,
+        model: "transformers.PreTrainedModel",
         tokenizer: PreTrainedTokenizerFast,
         *,
         name: str,
@@ -805,13 +805,13 @@ def _number_of(layer: int, block: torch.nn.Module) -> float:
     return 1.0 if scale is None else 1 + 1 / (2 + layer) if scale.device.type == "meta" else scale.item()
 
 
-def _first_lender(model: transformers.PreTrainedModel) -> int | None:
+def _first_lender(model: "transformers.PreTrainedModel") -> int | None:
     """The first block whose keys and values later blocks read instead of their own, None if there is none."""
     modes = getattr(model.config.get_text_config(), "kv_sharing_modes", [])
     return modes.index("store") if "reuse" in modes else None
 
 
-def _outline(checkpoint: Checkpoint, dtype: torch.dtype) -> transformers.PreTrainedModel:
+def _outline(checkpoint: Checkpoint, dtype: torch.dtype) -> "transformers.PreTrainedModel":
     """The model of the config, every part of it in its place and size, without memory for its weights."""
     config = copy.deepcopy(checkpoint.config)
     try:

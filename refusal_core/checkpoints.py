@@ -107,7 +107,7 @@ def fetch(checkpoint: Checkpoint) -> None:
         )
 
 
-def read_weights(checkpoint: Checkpoint, dtype: torch.dtype, **where: Any) -> transformers.PreTrainedModel:
+def read_weights(checkpoint: Checkpoint, dtype: torch.dtype, **where: Any) -> "transformers.PreTrainedModel":
     """The model in `dtype`, where `from_pretrained` is told; raises ModelError if its weights cannot be read, are not all
     there, or do not fit.
     """

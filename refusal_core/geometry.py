@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from jaxtyping import Float
-from sklearn.decomposition import PCA
-from sklearn.metrics import silhouette_score
 
 from refusal_core.directions import ZERO_NORM, Direction
 from refusal_core.metrics import auroc, d_prime
@@ -114,9 +112,8 @@ def pca_maps(found: Found, pos: int) -> tuple[LayerMap, ...]:
             maps.append(_flat(layer, pos, len(harmful), len(harmless), N_AXES))
             continue
         unit = r / np.linalg.norm(r)
-        pca = PCA(N_AXES, svd_solver="full").fit(np.concatenate([harmful, harmless]))
-        axes = np.asarray(pca.components_)
-        here = _map(layer, pos, harmful, harmless, np.asarray(pca.mean_), axes)
+        mean, axes = _principal(np.concatenate([harmful, harmless]), N_AXES)
+        here = _map(layer, pos, harmful, harmless, mean, axes)
         signs = _still_signs(here, maps)
         signs[0] = 1.0 if axes[0] @ unit >= 0 else -1.0
         here = _on_axes(here, np.diag(signs))
@@ -157,7 +154,7 @@ def along_maps(found: Found, pos: int, direction: Direction) -> tuple[LayerMap, 
         if np.ptp(both, axis=0).max() < ZERO_NORM:
             maps.append(_flat(layer, pos, len(harmful), len(harmless), 2))
             continue
-        spread = np.asarray(PCA(1, svd_solver="full").fit(both - np.outer(both @ unit, unit)).components_)
+        _, spread = _principal(both - np.outer(both @ unit, unit), 1)
         axes = np.concatenate([unit[None], spread])
         here = _map(layer, pos, harmful, harmless, harmless.mean(0), axes)
         signs = _still_signs(here, maps)
@@ -237,7 +234,19 @@ def _on_axes(here: LayerMap, turn: Float[np.ndarray, "axis axis"]) -> LayerMap:
     )
 
 
+def _principal(
+    points: Float[np.ndarray, "point d_model"], n: int
+) -> tuple[Float[np.ndarray, " d_model"], Float[np.ndarray, "axis d_model"]]:
+    """The mean, and the first `n` principal components."""
+    from sklearn.decomposition import PCA  # not before there is something to draw: the page is up sooner without
+
+    pca = PCA(n, svd_solver="full").fit(points)
+    return np.asarray(pca.mean_), np.asarray(pca.components_)
+
+
 def _separation(here: LayerMap, val: Sequence[np.ndarray], cos_pc1: float) -> Separation:
+    from sklearn.metrics import silhouette_score
+
     labels = np.repeat([1, 0], [len(here.harmful), len(here.harmless)])
     held_out = [torch.from_numpy(along) for along in val]
     return Separation(

@@ -26,10 +26,10 @@ from typing import Any, Literal
 
 import psutil
 import torch
+import transformers
 from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from refusal_core.checkpoints import ModelError, first_line, gigabytes
 
@@ -75,11 +75,11 @@ def asked_for(device: Device | None = None, dtype: torch.dtype | None = None, fo
     return Placement(where, dtype or default, four_bit)
 
 
-def plan(name: str, outline: PreTrainedModel, placement: Placement) -> dict[str, Any]:
+def plan(name: str, outline: "transformers.PreTrainedModel", placement: Placement) -> dict[str, Any]:
     """What `from_pretrained` is to be told, for the model of `outline`; raises ModelError if that does not fit."""
     told: dict[str, Any] = {}
     if placement.four_bit:
-        told["quantization_config"] = BitsAndBytesConfig(
+        told["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=placement.dtype
         )
     sizes = _sizes(outline, placement)
@@ -144,7 +144,7 @@ def check_memory(name: str, n_bytes: int, device: int | str, free: int) -> None:
         )
 
 
-def check_gradients(name: str, model: PreTrainedModel, device: torch.device) -> None:
+def check_gradients(name: str, model: "transformers.PreTrainedModel", device: torch.device) -> None:
     """Raises ModelError if the weights that are brought to `device` only for their use do not fit there all at once.
 
     A gradient needs each of them until the backward step.
@@ -179,7 +179,7 @@ def offload_folder(told: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 # -- of a model that is loaded ---------------------------------------------------------------------------------------
 
 
-def n_weights(model: PreTrainedModel) -> dict[str, int]:
+def n_weights(model: "transformers.PreTrainedModel") -> dict[str, int]:
     """How many weights each parameter has, packed or on the disk, without those that are another one."""
     named = model.named_parameters(remove_duplicate=False)
     return {name: _shape(p).numel() for name, p in named if name not in model.all_tied_weights_keys}
@@ -191,7 +191,7 @@ def runs_on(module: torch.nn.Module) -> torch.device:
     return _weight_of(module).device if device is None else _device(device)
 
 
-def where(model: PreTrainedModel) -> str:
+def where(model: "transformers.PreTrainedModel") -> str:
     """All places of a model's weights, such as "cuda:0, cuda:1 and disk"; for one device alone its kind."""
     placed = set(getattr(model, "hf_device_map", {}).values())
     if len(placed) < 2 and "disk" not in placed:
@@ -234,7 +234,7 @@ def _shape(p: torch.nn.Parameter) -> torch.Size:
 # -- sizes and devices -----------------------------------------------------------------------------------------------
 
 
-def _sizes(outline: PreTrainedModel, placement: Placement) -> dict[str, int]:
+def _sizes(outline: "transformers.PreTrainedModel", placement: Placement) -> dict[str, int]:
     """The bytes of each weight."""
     head = outline.get_output_embeddings()
     linear = {
@@ -246,7 +246,9 @@ def _sizes(outline: PreTrainedModel, placement: Placement) -> dict[str, int]:
     return {name: math.ceil(n * each[name in linear]) for name, n in n_weights(outline).items()}
 
 
-def _completed(name: str, outline: PreTrainedModel, mapping: Mapping[str, torch.device | str]) -> dict[str, int | str]:
+def _completed(
+    name: str, outline: "transformers.PreTrainedModel", mapping: Mapping[str, torch.device | str]
+) -> dict[str, int | str]:
     """`mapping` for the outermost modules that are in one place each; tied weights are together."""
     if unknown := sorted(mapping.keys() - {module for module, _ in outline.named_modules()}):
         raise ModelError(

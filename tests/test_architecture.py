@@ -57,7 +57,9 @@ def test_each_library_has_one_owner():
             assert room_of(path) in OWNERS[library], f"{path.name} imports {library}"
 
 
-def test_the_page_is_imported_without_transformer_lens_which_only_a_model_needs():
-    said = "import sys, refusal_core.ui.server; print('torch' in sys.modules, 'transformer_lens' in sys.modules)"
+def test_the_page_is_imported_without_what_only_a_model_or_a_map_needs():
+    said = "import sys, refusal_core.ui.server; print(*sys.modules)"
     asked = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True, cwd=ROOT.parent)
-    assert asked.stdout.split() == ["True", "False"]
+    assert "torch" in asked.stdout.split()
+    slow = {"transformer_lens", "transformers.modeling_utils", "torch._dynamo", "sklearn", "umap"}
+    assert not slow & set(asked.stdout.split())

@@ -25,7 +25,6 @@ from refusal_core.chat_model import ORGANISM, ModelError
 from refusal_core.endpoints import add_endpoints, read_endpoints
 from refusal_core.placement import add_placement, asked_for, read_placement
 from refusal_core.plots import PLOTLY_JS
-from refusal_core.ui import GPUS_ARE_LENT
 from refusal_core.ui.component import ASSETS
 from refusal_core.ui.engine import EMBEDDED, Engine, Engines, Failed, Progress
 from refusal_core.ui.lending import give_back
@@ -192,8 +191,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    if not GPUS_ARE_LENT:
-        engine.start()
     try:
         _, url, shared = page.launch(
             server_name=options.host,
@@ -217,8 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         engines.close()
         return 1
     print(f"The page is at {url}" + (f" and at {shared}" if shared else "") + " (Ctrl-C ends it)", flush=True)
-    if GPUS_ARE_LENT:  # to a page that is up
-        engine.start()
+    engine.start()  # behind a page that is up: what it imports takes longer than all that the page needs
     ended.wait()
     stops.stop_all()
     engines.close()
