@@ -10,6 +10,7 @@ Each module is a room, and may import only rooms above it:
     decoding        replies in progress, of all visitors in one batch
     checkpoints     a model's files: found in a folder or on the hub, judged before anything large is fetched
     placement       where a model's weights are: on one device, or spread over GPUs, memory and the disk
+    products        products of a few rows with large matrices, as fast as the memory of a machine without a GPU
     bridge          which modules of a family stand on the residual stream, as TransformerLens names them
     chat_model      a chat model whose residual stream can be read and written
     formats         directions in the files of other tools
@@ -37,5 +38,8 @@ empty row is the baseline: everything shown side by side is one batch.
 import os
 
 # Threads that spin while they wait for one another take the cores from those they wait for: on a machine with other work
-# to do, one step of a small model then takes a hundred times as long. Read when torch is loaded, so said before.
+# to do, one step of a small model then takes a hundred times as long. Threads that sleep at once have to be woken for each
+# of its many small products, which takes longer than the products: so they spin for some ten microseconds first (libgomp,
+# which torch has on Linux, counts the rounds). Read when torch is loaded, so said before.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")

@@ -40,6 +40,7 @@ from refusal_core.decoding import Decoding, Desk, Turns
 from refusal_core.interventions import Intervention, Row, RowEdits, as_row
 from refusal_core.metrics import CLOSES_THOUGHT, OPENS_THOUGHT
 from refusal_core.placement import Device, Placement
+from refusal_core.products import multiply_from_the_other_side
 from refusal_core.prompts import PromptError
 
 ORGANISM = Path(__file__).parent.parent / "assets" / "organism"
@@ -179,6 +180,7 @@ class ChatModel:
         self._first_lender = _first_lender(model)
         self._place_hooks()
         self._check_writes()
+        multiply_from_the_other_side(model)
 
     @classmethod
     def load(
