@@ -46,7 +46,9 @@ class Intervention:
             raise ValueError("An addition acts once, at its layer's input: only an ablation is confined to writers.")
 
     def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        """`x` after the edit: the formula above, out of place."""
+        """`x` after the edit: the formula above, out of place; `x` itself where the scale is 0."""
+        if self.scale == 0:
+            return x
         r = self.direction.unit.to(x.device)
         if self.kind == "ablate":
             return _ablate(x, r, -self.scale * r)
@@ -70,13 +72,18 @@ def _ablate(
     x: Float[Tensor, "... d_model"], r: Float[Tensor, "... d_model"], minus_sr: Float[Tensor, "... d_model"]
 ) -> Float[Tensor, "... d_model"]:
     """`x` with −s r̂ (x·r̂) added."""
-    # In float32 whatever the stream's dtype: bf16 would leave a visible rest of the direction behind.
-    wide = x.float()
+    wide = _wide(x)
+    r, minus_sr = r.to(wide.dtype), minus_sr.to(wide.dtype)
     return torch.addcmul(wide, (wide * r).sum(-1, keepdim=True), minus_sr).to(x.dtype)
 
 
 def _add(x: Float[Tensor, "... d_model"], r: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-    return (x.float() + r).to(x.dtype)
+    return (_wide(x) + r).to(x.dtype)
+
+
+def _wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """In float32 or more: bf16 would leave a visible rest of the direction behind."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class RowEdits:

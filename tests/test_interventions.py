@@ -92,6 +92,23 @@ def test_an_addition_is_no_write_and_cannot_be_confined_to_one():
         Intervention(made(7), "add", 1.0, frozenset({"MLP 1"}))
 
 
+@pytest.mark.parametrize("kind", ["ablate", "add"])
+def test_scale_zero_gives_back_what_it_was_given(kind):
+    x = torch.tensor([[float("inf"), -0.0, 1.0, 2.0]], dtype=torch.float64)
+    r = Direction.from_difference(torch.ones(4), Source(layer=0))
+    assert Intervention(r, kind, 0.0)(x) is x
+
+
+@pytest.mark.parametrize("kind", ["ablate", "add"])
+def test_a_stream_in_double_precision_stays_one(kind):
+    r, x = Direction.from_difference(torch.ones(4), Source(layer=0)), torch.full((1, 4), 1 + 2**-40).double()
+    x[0, 0] = -3.0
+    expected = (
+        x - (x @ r.unit.double())[:, None] * r.unit.double() if kind == "ablate" else x + r.norm * r.unit.double()
+    )
+    assert_close(Intervention(r, kind)(x), expected, atol=1e-14, rtol=0)
+
+
 def test_scale_zero_is_the_empty_row():
     r = made(9)
     assert as_row(Intervention(r, "add", 0.0)) == ()
