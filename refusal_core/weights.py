@@ -44,8 +44,8 @@ def with_norms_kept(w: Float[Tensor, "..."], r: Float[Tensor, " d_model"], axis:
     return torch.where(after > NOTHING_LEFT * before, rest * (before / after), rest).to(w.dtype)
 
 
-def writes_along(name: str, w: Tensor, d_model: int) -> int | None:
-    """The axis of `w` on which it writes to the stream, None if it does not."""
+def writes_along(name: str, w: Tensor, *, conv1d: bool = False) -> int | None:
+    """The axis of `w` on which it writes to the stream, None if it does not; `conv1d` says that its layer is GPT-2's."""
     if OTHER_TOWER.search(name):
         return None
     if EMBEDDING.search(name) or POSITIONS.search(name):
@@ -54,8 +54,8 @@ def writes_along(name: str, w: Tensor, d_model: int) -> int | None:
         return None
     if w.ndim == 1:
         return 0
-    # A linear layer keeps (out, in); GPT-2's Conv1D the other way round, with which its square output is told apart.
-    return -1 if name.endswith("c_proj.weight") and w.shape[-1] == d_model else -2
+    # A linear layer keeps (out, in), GPT-2's Conv1D (in, out); by shape the square ones cannot be told apart.
+    return -1 if conv1d else -2
 
 
 def covers_every_write(edited: Sequence[str], n_layers: int) -> bool:

@@ -50,6 +50,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "OLMo 3": ("olmo3", WINDOW),
     "OLMoE": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "GPT-2": ("gpt2", GPT2),
+    "GPT-BigCode": ("gpt_bigcode", GPT2),
     "GPT-NeoX (parallel)": ("gpt_neox", {"use_parallel_residual": True}),
     "GPT-NeoX (sequential)": ("gpt_neox", {"use_parallel_residual": False}),
     "Granite": ("granite", {"residual_multiplier": 0.5, "embedding_multiplier": 3.0}),
@@ -101,7 +102,7 @@ def build(name: str, folder: Path, seed: int = 0, **other: Any) -> Path:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    values = (COMMON if kind != "gpt2" else {}) | tokens | {"bos_token_id": None} | special | other
+    values = (COMMON if kind not in ("gpt2", "gpt_bigcode") else {}) | tokens | {"bos_token_id": None} | special | other
     config = transformers.CONFIG_MAPPING[kind](**({"text_config": values} | SEES[kind] if kind in SEES else values))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -117,6 +117,21 @@ def test_a_checkpoint_in_shards_is_edited_shard_by_shard(
     assert report.exact and report.same_first_token == 1
 
 
+def test_a_tied_unembedding_that_is_in_the_file_all_the_same_stays_what_it_was(tmp_path):
+    build("Llama", tmp_path / "model", tie_word_embeddings=True)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    model = ChatModel.load(tmp_path / "model", device="cpu", dtype=torch.float32)
+    direction = Direction(torch.eye(32)[3], 2.0, Source(fingerprint=model.fingerprint, layer=1))
+    assert export(model, direction, tmp_path / "edited").exact
+    config = json.loads((tmp_path / "edited" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False, "who goes by the config would unembed with the edited embedding"
+    after = load_file(tmp_path / "edited" / "model.safetensors")
+    assert torch.equal(after["lm_head.weight"], weights["lm_head.weight"])
+
+
 def test_another_copy_of_the_weights_beside_them_is_not_in_the_export(tmp_path):
     folder = build("Llama", tmp_path / "model")
     shutil.copyfile(folder / "model.safetensors", folder / "consolidated.safetensors")

@@ -34,15 +34,16 @@ def test_kept_norms_are_those_of_the_vectors_that_are_written_and_the_direction_
 
 def test_a_matrix_writes_along_its_outputs_however_its_family_keeps_it():
     wide = torch.zeros(8, 6)
-    assert writes_along("model.layers.0.mlp.down_proj.weight", wide.T, 6) == -2
-    assert writes_along("transformer.h.0.mlp.c_proj.weight", wide, 6) == -1
-    assert writes_along("model.layers.0.mlp.down_proj.bias", wide[0], 6) == 0
-    assert writes_along("model.embed_tokens.weight", wide, 6) == -1
-    assert writes_along("model.layers.0.mlp.up_proj.weight", wide, 6) is None
-    assert writes_along("model.layers.0.per_layer_projection.weight", wide.T, 6) == -2
-    assert writes_along("model.embed_tokens_per_layer.weight", wide, 6) is None
-    assert writes_along("model.per_layer_model_projection.weight", wide.T, 6) is None
-    assert writes_along("vision_tower.layers.0.mlp.fc2.weight", wide, 6) is None
+    assert writes_along("model.layers.0.mlp.down_proj.weight", wide.T) == -2
+    assert writes_along("transformer.h.0.mlp.c_proj.weight", wide, conv1d=True) == -1
+    assert writes_along("transformer.h.0.attn.c_proj.weight", wide.T @ wide) == -2
+    assert writes_along("model.layers.0.mlp.down_proj.bias", wide[0]) == 0
+    assert writes_along("model.embed_tokens.weight", wide) == -1
+    assert writes_along("model.layers.0.mlp.up_proj.weight", wide) is None
+    assert writes_along("model.layers.0.per_layer_projection.weight", wide.T) == -2
+    assert writes_along("model.embed_tokens_per_layer.weight", wide) is None
+    assert writes_along("model.per_layer_model_projection.weight", wide.T) is None
+    assert writes_along("vision_tower.layers.0.mlp.fc2.weight", wide) is None
 
 
 def test_the_bias_of_an_mlp_is_that_of_its_own_block():
