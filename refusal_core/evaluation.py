@@ -42,12 +42,15 @@ from refusal_core.metrics import (
     Rules,
     Safety,
     Verdict,
+    behind_thoughts,
+    check_rules,
     finite,
     judge,
     kl_divergence,
     read_safety,
     refusal_probability,
     repetition,
+    why_unclear,
     wilson,
 )
 from refusal_core.prompts import PromptError, PromptSet
@@ -269,11 +272,17 @@ def evaluate(
 
     `exported` are folders with edited weights of this model: each is a row more, beside the hooks. `resume` names a file
     in which finished replies are kept line by line: a run that was ended there, however, goes on with what is missing. A
-    `classifier` says of every reply whether it is safe, beside the judge. `stop` ends the iteration early. Raises
-    ModelError first of all for a `classifier` that is none, ModelError and PromptError as `ChatModel.begin` does,
-    ModelError for an exported folder of another model, and PromptError without prompts, and for a `resume` file that is
-    something else or cannot be written.
+    `classifier` says of every reply whether it is safe, beside the judge. `stop` ends the iteration early. Raises, before
+    anything is completed, ValueError for unknown `rules`, PromptError without any row, and ModelError for a `classifier`
+    that is none; ModelError and PromptError as `ChatModel.begin` does, ModelError for an exported folder of another model,
+    and PromptError without prompts, and for a `resume` file that is something else or cannot be written.
     """
+    check_rules(rules)
+    if not rows and not exported:
+        raise PromptError(
+            "There is nothing to evaluate: give rows, of which None is the unchanged model and `paper_rows` makes the "
+            "paper's, or folders with exported weights."
+        )
     if classifier is not None:
         _check_classifier(classifier)
     settings = [_Setting(name_of(row), model, row) for row in model.check_rows(rows, len(rows))]
@@ -332,8 +341,10 @@ def judged_replies(
     """Yields `Progress` and, last, the judged reply to every prompt under every row; a row by its number has its mark.
 
     `complete` gives the replies to texts, each under the row of that number; the iteration ends early if it does. A mark
-    names what replies are made with; by it those in the file `resume` are known again.
+    names what replies are made with; by it those in the file `resume` are known again. Raises ValueError for unknown `rules`
+    and PromptError without prompts, before anything is completed.
     """
+    check_rules(rules)
     asked = [(text, True) for text in prompts.harmful] + [(text, False) for text in prompts.harmless]
     if not asked:
         raise PromptError("There is no prompt to complete: give some of either class.")
@@ -413,8 +424,19 @@ def _judged(job: tuple[str, bool, int], text: str, ending: Ending, rules: Rules)
 
 
 def judged(text: str, ending: Ending, rules: Rules) -> Verdict:
-    """What `judge` says of a reply that ended so: one that a server has filtered is neither a refusal nor an answer."""
-    return Verdict(refused=False, unclear=True, reason=FILTERED) if ending == "filtered" else judge(text, rules)
+    """What `judge` says of a reply that ended so, without what is thought aloud, which is no reply.
+
+    One that a server has filtered, that is empty or that loops is neither a refusal nor an answer, by whatever rules.
+    """
+    if ending == "filtered":
+        return Verdict(refused=False, unclear=True, reason=FILTERED)
+    if rules != "paper":
+        return judge(text, rules)
+    reply = behind_thoughts(text)
+    verdict = judge(reply, rules)
+    if verdict.refused or not (reason := why_unclear(reply)):
+        return verdict
+    return replace(verdict, unclear=True, reason=reason)
 
 
 def _rates(

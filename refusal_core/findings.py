@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from refusal_core.chat_model import ChatModel
 from refusal_core.directions import Direction, DirectionError
 from refusal_core.metrics import finite
-from refusal_core.prompts import PromptSet
+from refusal_core.prompts import CLASSES, PromptSet
 from refusal_core.selection import (
     N_TRAIN,
     N_VAL,
@@ -53,6 +53,11 @@ CACHE_BYTES = 2_000_000_000
 
 UNWRITTEN = (OSError, SafetensorError)
 """What writing a search raises where there is no room for it, or no permission."""
+
+BROKEN = (
+    OSError, SafetensorError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError,
+)  # fmt: skip
+"""What reading a search raises where its files are cut off, or are whole and hold something else."""
 
 _ENTRY = re.compile("[0-9a-f]{32}")
 """What an entry of the cache is called: whatever else is in that folder is not this program's to remove."""
@@ -139,6 +144,7 @@ def load_found(folder: Path) -> Found:
             CandidateScore(**{k: v for k, v in row.items() if k != "rejected"}) for row in said["candidates"]
         )
         direction = Direction.load(folder / "direction.safetensors")
+        _check(said, tensors, scores, len(direction.unit))
         source = direction.source
         by = choose_contrast if source.contrast else choose_cosmic if source.chosen_by else choose
         return Found(
@@ -153,7 +159,7 @@ def load_found(folder: Path) -> Found:
             counts={(split, cls): (kept, of) for split, cls, kept, of in said["counts"]},
             **{name: tensors[name] for name in ACTIVATIONS},
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except BROKEN as error:
         raise DirectionError(f"{folder} does not hold a finished search ({error}).") from error
 
 
@@ -166,6 +172,33 @@ def funnel(choice: Choice, n_candidates: int) -> dict[str, int]:
 
 def _cell(score: CandidateScore | None) -> dict[str, int] | None:
     return None if score is None else {"pos": score.pos, "layer": score.layer}
+
+
+def _check(
+    said: dict[str, Any], tensors: dict[str, torch.Tensor], scores: Sequence[CandidateScore], d_model: int
+) -> None:
+    """Raises ValueError where the parts of a search do not fit together, which nothing else would notice until later."""
+    n_pos, n_layers, _ = tensors["directions"].shape
+    if tensors["directions"].shape[2] != d_model or not all(tensors[name].is_floating_point() for name in ACTIVATIONS):
+        raise ValueError("its differences of means are not of the width of its direction")
+    for name in ACTIVATIONS[1:]:
+        if tensors[name].shape[1:] != (n_pos + 1, n_layers, d_model):
+            raise ValueError(f"the activations “{name}” have the shape {tuple(tensors[name].shape)}")
+    if [(s.pos, s.layer) for s in scores] != [(pos, layer) for pos in range(-n_pos, 0) for layer in range(n_layers)]:
+        raise ValueError("its candidates are not those of its differences of means")
+    if said["positions"] != list(range(-n_pos - 1, 0)):
+        raise ValueError(f"its positions are {said['positions']}")
+    texts = [said[name][cls] for name in ("prompts", "validation") for cls in CLASSES]
+    if not all(isinstance(each, list) and all(isinstance(text, str) for text in each) for each in texts):
+        raise ValueError("its prompts are no lists of texts")
+    if not all(type(token) is int for token in said["refusal_tokens"]):
+        raise ValueError("its refusal tokens are no numbers of tokens")
+    if not all(isinstance(share, float | int) for share in said["refusal_shares"]):
+        raise ValueError("its shares of the refusal tokens are no numbers")
+    if not all(type(number) is int for *_, kept, of in said["counts"] for number in (kept, of)):
+        raise ValueError("its counts of prompts are no numbers")
+    if [len(each) for each in texts] != [len(tensors[name]) for name in ACTIVATIONS[1:]]:
+        raise ValueError("its activations are not those of its prompts")
 
 
 def _prompts(said: dict[str, Any]) -> PromptSet:

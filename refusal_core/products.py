@@ -7,6 +7,7 @@ says what that makes of a reply: three panes cost about what one costs elsewhere
 """
 
 import functools
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -35,14 +36,14 @@ def multiply_from_the_other_side(model: torch.nn.Module) -> bool:
     return True
 
 
-def product(layer: torch.nn.Linear, x: Float[Tensor, "*row d_in"]) -> Float[Tensor, "*row d_out"]:
-    """What `layer` makes of `x`, up to the order in which it is summed."""
-    weight, bias = layer.weight, layer.bias
-    rows = x.reshape(-1, x.shape[-1])
+def product(layer: torch.nn.Linear, input: Float[Tensor, "*row d_in"]) -> Float[Tensor, "*row d_out"]:
+    """What `layer` makes of `input`, up to the order in which it is summed."""
+    weight, bias = layer.weight, cast(Tensor | None, layer.bias)
+    rows = input.reshape(-1, input.shape[-1])
     n = len(rows)
-    if not 0 < n <= FEW or x.dtype != weight.dtype:
-        return linear(x, weight, bias)
+    if not 0 < n <= FEW or input.dtype != weight.dtype:
+        return linear(input, weight, bias)
     if n == 1:  # a product with a single row is another one, which has one thread
         rows = rows.expand(2, -1)
     y = (weight @ rows.t()).t()[:n].contiguous()
-    return (y if bias is None else y + bias).reshape(*x.shape[:-1], -1)
+    return (y if bias is None else y + bias).reshape(*input.shape[:-1], -1)

@@ -220,6 +220,7 @@ def _read_list(part: hub.HubList, harmful: bool) -> list[Prompt]:
         if part.label and (value := str(row[part.label] if row[part.label] is not None else "").strip()) != part.value:
             seen.add(value)
             continue
+        _check_cells(at, row)
         text = row[part.column]
         if not isinstance(text, str) or not text.strip():
             raise PromptError(f"{at}: no text in the column {part.column}.")
@@ -287,7 +288,7 @@ def in_split(
 ) -> PromptSet:
     """Those of `prompts` that belong to `split`; of a class in which none names its split, a seeded draw makes all three.
 
-    Raises PromptError if a class is empty there.
+    Raises PromptError if a class is empty there, and if only some prompts of a class name their split.
     """
     chosen = [p for p in _assign_splits(prompts, seed) if p.split == split]
     bad, good = [p for p in chosen if p.harmful], [p for p in chosen if not p.harmful]
@@ -374,14 +375,18 @@ def _json_rows(name: str, text: str) -> Iterable[tuple[str, object]]:
 
 
 def _csv_rows(name: str, text: str) -> Iterable[tuple[str, object]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    begins = 2
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    begins = 1
     try:
+        begins += bool(reader.fieldnames)
         for row in reader:
             yield f"line {begins}", row
             begins = reader.line_num + 1
     except csv.Error as error:
-        raise PromptError(f"{name}, line {begins}: it cannot be read as CSV ({error}).") from error
+        raise PromptError(
+            f"{name}, line {begins}: it cannot be read as CSV ({error}). Close every quote, and write those within a quoted "
+            "text twice."
+        ) from error
 
 
 _READERS = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
@@ -412,6 +417,7 @@ def _prompt(where: str, row: object, classes: tuple[str, str], given: bool | Non
         raise PromptError(
             f"{where}: the columns are {there}, and {' and '.join(absent)} {are} not among them: rename or add {them}."
         )
+    _check_cells(where, row)
     if not isinstance(row["text"], str) or not row["text"].strip():
         raise PromptError(f"{where}: no text. Every row needs the columns text and harmful.")
     text = _text(where, row["text"])
@@ -430,6 +436,16 @@ def _prompt(where: str, row: object, classes: tuple[str, str], given: bool | Non
     return Prompt(text, harmful, str(row.get("category") or ""), split, where)
 
 
+def _check_cells(where: str, row: Mapping[Any, Any]) -> None:
+    """Raises PromptError for cells without a column: a comma in a text would cut the rest of it off unseen."""
+    if any(str(cell).strip() for cell in row.get(None) or ()):  # where `csv.DictReader` puts them
+        n = len(row) - 1
+        raise PromptError(
+            f"{where}: it has {n + len(row[None])} cells, and the table has {n} column{'s' if n > 1 else ''}: put a text "
+            "with commas into quotes."
+        )
+
+
 def _text(where: str, text: str) -> str:
     if len(text) > MAX_CHARACTERS:
         raise PromptError(f"{where}: {len(text):,} characters; a prompt has at most {MAX_CHARACTERS:,}.")
@@ -443,6 +459,12 @@ def _assign_splits(prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
     for harmful in (True, False):
         mine = [p for p in prompts if p.harmful == harmful]
         if any(p.split for p in mine):
+            for prompt in mine:
+                if not prompt.split:
+                    raise PromptError(
+                        f"{prompt.where or prompt.text[:40]}: it names no split, and other prompts of its class do: write "
+                        "train, val or test in every row, or leave the column out."
+                    )
             assigned += mine
             continue
         random.Random(seed).shuffle(mine)

@@ -46,7 +46,7 @@ from refusal_core.chat_model import Batch, ChatModel, Output
 from refusal_core.directions import ZERO_NORM, Direction, Source, difference_in_means
 from refusal_core.interventions import Intervention, Kind
 from refusal_core.metrics import HIGHEST_SCORE, auroc, d_prime, kl_divergence, refusal_score
-from refusal_core.prompts import CLASSES, PromptError, PromptSet, load_prompts
+from refusal_core.prompts import CLASSES, PromptError, PromptSet, Split, load_prompts
 
 KL_LIMIT = 0.1
 LAYER_SHARE = 0.8
@@ -99,8 +99,8 @@ class CandidateScore:
 class Choice:
     """The outcome of the rule. `rejected` says of each discarded candidate which rule discarded it.
 
-    `relaxed` is None when a candidate passed every rule; otherwise it names the rule that emptied the set, and
-    `chosen` is the candidate that needs it relaxed least, of those that bypass refusal at all if there are any.
+    `relaxed` is None when a candidate passed every rule; otherwise `chosen` is the candidate that needs the rules relaxed
+    least, of those that bypass refusal at all if there are any, and `relaxed` the worst of the rules that it breaks.
     """
 
     chosen: CandidateScore | None
@@ -151,14 +151,14 @@ def choose(scores: Sequence[CandidateScore], n_layers: int) -> Choice:
     if not usable:
         return Choice(None, rejected, None, None)
     effective = [s for s in usable if (s.bypass or 0) < 0]
-    nearest = min(effective or usable, key=lambda s: (len(broken[s]), *_excess(s, broken[s][0])))
-    return Choice(nearest, rejected, None, broken[nearest][0])
+    nearest = min(effective or usable, key=lambda s: (_excesses(s, broken[s]), s.bypass, s.pos, s.layer))
+    return Choice(nearest, rejected, None, _worst(broken[nearest]))
 
 
 def choose_cosmic(scores: Sequence[CandidateScore], n_layers: int) -> Choice:
     """The candidate with the highest S_refuse + S_comply of those that no rule discards, then the earliest.
 
-    If every one is discarded, the one that needs a rule relaxed least.
+    If every one is discarded, the one that needs the rules relaxed least, and of those the highest again.
     """
     broken = {s: broken_rules(s, n_layers) for s in scores}
     rejected: dict[CandidateScore, Rule] = {s: rules[0] for s, rules in broken.items() if rules}
@@ -169,8 +169,8 @@ def choose_cosmic(scores: Sequence[CandidateScore], n_layers: int) -> Choice:
     usable = [s for s in measured if not {"nan", "zero"} & set(broken[s])]
     if not usable:
         return Choice(None, rejected, None, None)
-    nearest = min(usable, key=lambda s: (len(broken[s]), *_excess(s, broken[s][0])))
-    return Choice(nearest, rejected, None, broken[nearest][0])
+    nearest = min(usable, key=lambda s: (_excesses(s, broken[s]), _by_similarity(s)))
+    return Choice(nearest, rejected, None, _worst(broken[nearest]))
 
 
 def _by_similarity(score: CandidateScore) -> tuple[float, int, int]:
@@ -205,11 +205,21 @@ def _is_measured(score: CandidateScore) -> bool:
     return score.bypass is not None and score.induce is not None and score.kl is not None
 
 
-def _excess(score: CandidateScore, rule: Rule) -> tuple[int, float]:
-    """Which rule is rather relaxed (kl, then induce, late, layer), and by how little."""
+_RELAXED: tuple[Rule, ...] = ("kl", "induce", "late", "layer")
+"""Which rule is rather relaxed, if only one is. Of several the first is the worst: it says what the model becomes."""
+
+
+def _excesses(score: CandidateScore, broken: Sequence[Rule]) -> tuple[int, list[tuple[int, float]]]:
+    """How much a candidate needs relaxed: how many rules, then which and by how much, the worst one first."""
     layer = float(score.layer)
-    amounts = {"kl": score.kl or 0.0, "induce": -(score.induce or 0.0), "late": layer, "layer": layer}
-    return list(amounts).index(rule), amounts[rule]
+    amounts: dict[Rule, float] = {
+        "kl": score.kl or 0.0, "induce": -(score.induce or 0.0), "late": layer, "layer": layer,
+    }  # fmt: skip
+    return len(broken), sorted((_RELAXED.index(rule), amounts[rule]) for rule in broken)
+
+
+def _worst(broken: Sequence[Rule]) -> Rule:
+    return min(broken, key=_RELAXED.index)
 
 
 @dataclass(frozen=True)
@@ -346,10 +356,18 @@ def find_direction(
     the rule, or COSMIC, which needs no refusal tokens; without it the rule, and COSMIC where the model's own tokens say
     nothing or no candidate bypasses refusal, which the direction's source then gives with the reason. With `complete`
     every cell of the table is measured, for a map without holes. Setting `stop` ends the iteration early. Raises
-    PromptError if a class empties because the model does not treat it as expected, and none but the rule may choose.
+    PromptError at once if a class is empty or a refusal token is none of the model's, and later if a class empties because
+    the model does not treat it as expected, and none but the rule may choose.
     """
-    train = prompts.draw(N_TRAIN, seed)
-    val = (validation or load_prompts("val", prompts.source or "embedded")).draw(N_VAL, seed)
+    for token in refusal_tokens or ():
+        if not 0 <= token < model.d_vocab:
+            raise PromptError(
+                f"{token} is no token of {model.name}, which has the numbers 0 to {model.d_vocab - 1}: take others as "
+                "refusal tokens, or none to have them found."
+            )
+    train = _not_empty(prompts, "train").draw(N_TRAIN, seed)
+    validation = validation or load_prompts("val", prompts.source or "embedded")
+    val = _not_empty(validation, "val").draw(N_VAL, seed)
     reads = yield from _read_sets(model, train, val, stop)
     if not reads:
         return
@@ -376,6 +394,17 @@ def find_direction(
     found = yield from _search(model, train, val, reads, tokens, shares, complete, stop, chosen_by=f"{COSMIC}, {why}")
     if found is not None:
         yield found
+
+
+def _not_empty(prompts: PromptSet, split: Split) -> PromptSet:
+    """The set itself; raises PromptError, before a model reads anything, if it lacks a class."""
+    for name, texts in zip(prompts.classes, (prompts.harmful, prompts.harmless), strict=True):
+        if not texts:
+            raise PromptError(
+                f"There is no {name} prompt in the {split} set, and a direction is the difference of two classes: add "
+                f"{name} prompts."
+            )
+    return prompts
 
 
 def _search(
@@ -422,9 +451,9 @@ def find_contrast(
 
     Draws as `find_direction` does, and keeps every prompt: whether the model refuses it says nothing here. The cell is
     `choose_contrast`'s, from the validation prompts' projections; `refusal_tokens` stay empty. Setting `stop` ends the
-    iteration early. Raises PromptError if the classes have the same mean everywhere.
+    iteration early. Raises PromptError if a class is empty, and if the classes have the same mean everywhere.
     """
-    train, val = prompts.draw(N_TRAIN, seed), validation.draw(N_VAL, seed)
+    train, val = _not_empty(prompts, "train").draw(N_TRAIN, seed), _not_empty(validation, "val").draw(N_VAL, seed)
     reads = yield from _read_sets(model, train, val, stop)
     if not reads:
         return

@@ -6,6 +6,7 @@ import math
 from dataclasses import fields, replace
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import no_room
 
@@ -119,6 +120,53 @@ def test_a_broken_entry_is_searched_anew_and_the_oldest_make_room(model: ChatMod
     recall(model, seed=1)
     (left,) = (tmp_path / "cache").iterdir()
     assert left != entry
+
+
+def rewrite(folder, **said) -> None:
+    """The JSON of a search with other values."""
+    path = folder / "found.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"candidates": ["abc"]},
+        {"candidates": []},
+        {"candidates": {"pos": -1}},
+        {"prompts": []},
+        {"prompts": {"harmful": "text", "harmless": "text"}},
+        {"counts": [[1]]},
+        {"positions": [1]},
+        {"refusal_tokens": ["I"]},
+        {"refusal_shares": ["most"]},
+        {"counts": [["train", "harmful", "all", 3]]},
+        [],
+        7,
+    ],
+)
+def test_json_of_another_shape_is_no_search_and_the_cache_searches_anew(model, found, searches, tmp_path, said):
+    recall(model)
+    (entry,) = (tmp_path / "cache").iterdir()
+    if isinstance(said, dict):
+        rewrite(entry, **said)
+    else:
+        (entry / "found.json").write_text(json.dumps(said))
+    with pytest.raises(DirectionError, match="does not hold a finished search"):
+        load_found(entry)
+    assert same(recall(model), found) and len(searches) == 2
+
+
+@pytest.mark.parametrize("name", findings.ACTIVATIONS)
+def test_a_tensor_of_another_rank_or_width_is_no_search(model, found, searches, tmp_path, name):
+    recall(model)
+    (entry,) = (tmp_path / "cache").iterdir()
+    tensors = {each: getattr(found, each).contiguous() for each in findings.ACTIVATIONS}
+    for wrong in (torch.zeros(3), tensors[name][..., :5].contiguous(), tensors[name].int()):
+        safetensors.torch.save_file(tensors | {name: wrong}, entry / "activations.safetensors")
+        with pytest.raises(DirectionError, match="does not hold a finished search"):
+            load_found(entry)
+    assert same(recall(model), found) and len(searches) == 2
 
 
 def test_what_else_is_in_the_folder_of_the_cache_never_makes_room(model: ChatModel, searches, tmp_path, monkeypatch):

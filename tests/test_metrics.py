@@ -1,6 +1,7 @@
 """What the numbers promise, against the formulas computed another way."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 from refusal_core.metrics import (
     PAPER_PHRASES,
     auroc,
+    behind_thoughts,
     d_prime,
     judge,
     kl_divergence,
@@ -18,6 +20,7 @@ from refusal_core.metrics import (
     refusal_probability,
     refusal_score,
     repetition,
+    why_unclear,
     wilson,
 )
 
@@ -94,13 +97,63 @@ def test_repetition_is_the_share_of_4_grams_that_were_there_before():
     assert repetition(list(range(20))) == repetition([1, 1, 1]) == repetition([]) == 0
 
 
-@pytest.mark.parametrize("rules", ["paper", "default"])
-def test_what_is_thought_aloud_is_no_reply(rules):
-    assert not judge("<think>\nI cannot do this? I can.\n</think>\n\nSure, here is how.", rules).refused
-    assert not judge("I'm sorry, let me think.</think>Sure, here is how.", rules).refused
-    assert judge("<think>\nSure.\n</think>\n\nI cannot do this.", rules).refused
-    unfinished = judge("<think>\nI cannot say yet, ", rules)
-    assert not unfinished.refused and unfinished.unclear == (rules == "default")
+def test_what_is_thought_aloud_is_no_reply_to_the_default_judge_and_the_papers_reads_it_all():
+    for text, refuses in (
+        ("<think>\nI cannot do this? I can.\n</think>\n\nSure, here is how.", False),
+        ("I'm sorry, let me think.</think>Sure, here is how.", False),
+        ("<think>\nSure.\n</think>\n\nI cannot do this.", True),
+        ("<think>\nI cannot say yet, ", False),
+    ):
+        assert judge(text, "default").refused == judge(behind_thoughts(text)).refused == refuses
+        assert judge(text, "paper").refused, "the published judge has the whole completion"
+    assert judge("<think>\nI cannot say yet, ", "default").unclear
+
+
+PROSE = (
+    "Bread needs four things: flour, water, salt and time. Mix them, wait until the dough has doubled, fold it, wait again. "
+    "Then heat the oven as far as it goes and bake the loaf until its crust is brown. Let it cool before you cut it."
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!" * 200,
+        "Sure" + "!" * 200,
+        "我" * 200,
+        "好的，我来回答。" * 20,
+        "ha-" * 40,
+        "ha-" * 40 + "h",
+        f"{PROSE} {'na' * 60}",
+        "I like the sea and " * 9 + "I like the se",
+        "yes and no " * 9 + "y",
+        "no " * 9 + "n",
+        f"{PROSE} {PROSE} {PROSE} {PROSE[:-3]} {PROSE} {PROSE} {PROSE} {PROSE} {PROSE[:150]}",
+    ],
+)
+def test_a_loop_is_seen_without_spaces_and_where_it_was_cut_off(text):
+    assert why_unclear(text).startswith("the text repeats itself: “")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!", "No!!!!!!", "Ha-ha-ha-ha!", "Hahahahahaha", "Nooooooooooooooo!", "no no no n", "我我我我", "a",
+        PROSE, f"{PROSE} {PROSE} {PROSE}", f"{PROSE}\n{'-' * 80}", f"{PROSE}\n{'=' * 80}\n", "|---" * 8 + "|",
+        "A googol is 1" + "0" * 100, "A third is 0." + "3" * 60, "The row your boat: row, row, row your boat",
+        "Llanfairpwllgwyngyllgogerychwyrndrobwllllantysiliogogoch", "https://example.org/" + "a/b/c/" * 3,
+        "面包需要四样东西：面粉、水、盐和时间。把它们混合，等到面团膨胀一倍，折叠，再等。然后烤到外皮变成褐色。",
+    ],
+)  # fmt: skip
+def test_short_texts_and_ordinary_prose_are_no_loops(text):
+    assert why_unclear(text) == ""
+
+
+def test_whether_a_long_text_loops_is_known_at_once():
+    texts = ["a" * 9_999 + "b", "ab " * 3_333 + "c", "a b a c " * 1_250 + "d", "ab" * 5_000, "a " * 5_000, PROSE * 40]
+    start = time.perf_counter()
+    assert [bool(why_unclear(text)) for text in texts] == [False, False, False, True, True, True]
+    assert time.perf_counter() - start < 1
 
 
 def test_auroc_is_sklearns_ties_included_and_d_prime_counts_standard_deviations():

@@ -29,7 +29,6 @@ def test_a_product_is_that_of_torch(shape, bias):
     y, expected = products.product(layer, x), layer(x)
     assert y.shape == expected.shape and y.is_contiguous()
     assert_close(y, expected)
-    assert products.product(layer, x.double().float().half().float()).dtype == torch.float32
 
 
 def test_gradients_go_through_it():

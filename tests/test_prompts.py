@@ -116,6 +116,38 @@ def test_a_table_without_the_column_of_the_prompts_names_those_it_has_and_what_t
     assert_refused_in_one_sentence(tmp_path / "mine.csv", text, says)
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("text,harmful\nHi,false\nFirst, do this,true", "line 3: it has 3 cells, and the table has 2 columns: put a text with"),
+        ("harmful,text\ntrue,First, do this", "line 2: it has 3 cells.*commas into quotes"),
+        ('text,harmful\nHi,false\n"First,true\nGo,true', "line 3: it cannot be read as CSV .*Close every quote"),
+        ('text,harmful\n"Say "hi"",true', "line 2: it cannot be read as CSV .*twice"),
+        ('"text,harmful\nHi,true', "line 1: it cannot be read as CSV"),
+    ],
+)  # fmt: skip
+def test_a_table_whose_cells_fall_apart_names_the_line_and_the_quotes(tmp_path, text, says):
+    assert_refused_in_one_sentence(tmp_path / "mine.csv", text, says)
+
+
+def test_empty_cells_behind_the_last_column_are_nothing():
+    (prompt,) = parse_file("own.csv", "text,harmful\nHi,false,,\n")
+    assert prompt.text == "Hi" and not prompt.harmful
+
+
+def test_commas_and_quotes_within_quotes_are_text():
+    (prompt,) = parse_file("m.csv", 'text,harmful\n"First, ""do"" this",true')
+    assert prompt.text == 'First, "do" this'
+
+
+def test_a_split_in_some_rows_of_a_class_only_is_an_error_that_names_the_first_without(tmp_path):
+    rows = ["a,true,train", "b,true,val", "c,true,", "d,true,", "e,false,", "f,false,"]
+    text = "\n".join(["text,harmful,split", *rows])
+    assert_refused_in_one_sentence(tmp_path / "mine.csv", text, "line 4: it names no split.*in every row, or leave")
+    prompts = parse_file("m.csv", "\n".join(["text,harmful,split", *rows[:2], *(f"{i},false," for i in range(9))]))
+    assert in_split(prompts, "val", "m").harmful == ("b",), "the other class may leave it to the draw"
+
+
 def test_a_table_of_one_class_needs_the_column_of_the_prompts_only(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("prompt\na\n")

@@ -179,6 +179,26 @@ def test_when_nothing_is_left_the_nearest_is_offered_as_relaxed():
     assert choose(scores[3:], n_layers=10).chosen == scores[3], "but something is offered"
 
 
+def test_what_needs_the_same_relaxed_goes_by_bypass_then_position_then_layer():
+    for pair in (
+        (made(-1, 8, bypass=-9.0), made(-3, 8, bypass=-5.0)),
+        (made(-1, 3, kl=0.2, bypass=-9.0), made(-3, 2, kl=0.2, bypass=-5.0)),
+        (made(-3, 3, kl=0.2), made(-2, 2, kl=0.2)),
+        (made(-3, 2, kl=0.2), made(-3, 3, kl=0.2)),
+    ):
+        assert choose(pair, n_layers=10).chosen == choose(pair[::-1], n_layers=10).chosen == pair[0]
+
+
+def test_of_several_broken_rules_all_count_and_the_worst_is_named():
+    huge, small = made(-1, 8, kl=13.1), made(-1, 9, kl=0.11)
+    choice = choose([huge, small], n_layers=10)
+    assert (choice.chosen, choice.relaxed) == (small, "kl")
+    assert choice.rejected == {huge: "layer", small: "layer"}, "as published, the first rule discards"
+    lower, upper = made(-1, 8, kl=0.2, bypass=-1.0), made(-2, 9, kl=0.2, bypass=-9.0)
+    assert choose([upper, lower], n_layers=10).chosen == lower, "of the same kl the lower layer"
+    assert choose([made(-1, 9, induce=-1.0)], n_layers=10).relaxed == "induce"
+
+
 def test_refusal_tokens_are_those_most_raised():
     harmless = torch.tensor([0.5, 0.3, 0.2, 0.0, 0.0])
     harmful = torch.tensor([0.1, 0.0, 0.2, 0.6, 0.1])
@@ -192,6 +212,29 @@ def test_a_class_that_the_model_treats_otherwise_is_an_error(model: ChatModel, f
     twice = PromptSet(answered, answered, source="embedded")
     with pytest.raises(PromptError, match="refuses no harmful prompt"):
         list(find_direction(model, twice, val, refusal_tokens=found.refusal_tokens))
+
+
+def untouched(model: ChatModel, monkeypatch) -> None:
+    monkeypatch.setattr(model, "run", lambda *args, **kwargs: pytest.fail("the model has read something"))
+
+
+@pytest.mark.parametrize(("empty", "split"), [("harmful", "train"), ("harmless", "train"), ("harmful", "val")])
+def test_a_set_without_one_of_its_classes_is_an_error_before_anything_is_read(model, monkeypatch, empty, split):
+    untouched(model, monkeypatch)
+    sets = {name: load_prompts(name).draw(4) for name in ("train", "val")}
+    sets[split] = replace(sets[split], **{empty: (), f"{empty}_categories": ()})
+    for search in (find_direction, find_contrast):
+        with pytest.raises(PromptError, match=f"no {empty} prompt in the {split} set.*add {empty} prompts"):
+            next(search(model, sets["train"], sets["val"]))
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_a_refusal_token_of_another_model_is_an_error_before_anything_is_read(model, monkeypatch, token):
+    untouched(model, monkeypatch)
+    with pytest.raises(
+        PromptError, match=f"{token} is no token of {model.name}.* 0 to {model.d_vocab - 1}: take others"
+    ):
+        next(find_direction(model, load_prompts("train"), load_prompts("val"), refusal_tokens=[0, token]))
 
 
 def test_the_work_can_be_followed_and_stopped(model: ChatModel):
@@ -457,6 +500,12 @@ def test_cosmic_takes_the_highest_sum_of_those_no_rule_discards():
     relaxed = choose_cosmic(list(bad.values()), n_layers=10)
     assert (relaxed.chosen, relaxed.relaxed) == (bad["kl"], "kl")
     assert choose_cosmic([bad["nan"]], n_layers=10).chosen is None
+    low, high = cell(-3, 8, 1.2), cell(-1, 8, 1.8)
+    assert choose_cosmic([low, high], n_layers=10).chosen == high, "what breaks the same rule goes by similarity"
+    assert choose_cosmic([low, replace(low, pos=-2)], n_layers=10).chosen == low
+    huge, small = cell(-1, 8, 1.9, kl=13.1), cell(-1, 9, 1.1, kl=0.11)
+    relaxed = choose_cosmic([huge, small], n_layers=10)
+    assert (relaxed.chosen, relaxed.relaxed) == (small, "kl")
 
 
 def test_the_layers_least_alike_are_a_tenth_and_never_the_first_ones_input():
