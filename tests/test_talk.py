@@ -11,12 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from refusal_core.attribution import read_along
 from refusal_core.chat_model import ORGANISM, ChatModel
+from refusal_core.directions import random_like
+from refusal_core.interventions import Intervention
 from refusal_core.prompts import load_prompts
 from refusal_core.ui.engine import Engine, Ready
 from refusal_core.ui.forecast import forecast
 from refusal_core.ui.measure import Wish, measured
-from refusal_core.ui.talk import Ask, Reply, Turn, conversation, talk, view
+from refusal_core.ui.talk import Ask, Reply, Turn, conversation, talk, tint, view
 
 TOKENS = 6
 MESSAGES = (
@@ -137,6 +140,41 @@ def test_replies_that_are_stopped_before_their_first_token_are_stopped_at_0_toke
     replies = shown["turns"][-1]["replies"]
     assert [(r["tokens"], r["ending"], r["text"]) for r in replies.values()] == [(0, "stopped", "")] * 3
     assert turns[-1].prompt == MESSAGES[0] and not shown["running"]
+
+
+def test_inside_a_reply_is_read_with_the_direction_that_it_was_answered_with(models):
+    ready, _ = models["first"]
+    cell = ready.direction.source.position, ready.direction.source.layer - 1
+    there, elsewhere = ready.using(cell), replace(ready, direction=random_like(ready.direction, 7))
+    ask = Ask(1, "ask", MESSAGES[2], control=1.0, max_new_tokens=TOKENS)
+
+    def answered(by: Ready) -> tuple[Turn, ...]:
+        *_, (turns, _) = talk(by, (), ask, threading.Event())
+        return turns
+
+    turns = answered(there)
+    read = tint(ready, turns, inside=True)
+    assert read != tint(ready, [replace(turns[-1], used=None)], inside=True), "as if the one in use had answered"
+    layer, at = ready.direction.source.layer, ready.found.positions.index(ready.direction.source.position)
+    harmful, harmless = (
+        (x[:, at, layer] @ ready.direction.unit).mean() for x in (ready.found.harmful, ready.found.harmless)
+    )
+    rows = {
+        "unchanged": (),
+        "removed": (Intervention(there.direction, "ablate"),),
+        "added": (Intervention(there.direction, "add"),),
+    }
+    for pane, row in rows.items():
+        ids = turns[-1].replies[pane].ids
+        (reading,) = read_along(ready.model, [conversation(turns, pane)], ready.direction, [ids], [row])
+        expected = (reading.along[layer, -len(ids) :] - harmless) / (harmful - harmless)
+        assert [along for _, along in read[pane]] == pytest.approx(expected.tolist(), abs=2e-3)
+    for inside in (False, True):
+        assert tint(elsewhere, answered(elsewhere), inside=inside), "the direction in use need not be on the map"
+    assert tint(ready, answered(elsewhere), inside=True) == {}, "a direction that is gone is not another one"
+    assert set(tint(ready, answered(elsewhere), inside=False)) == set(turns[-1].replies)
+    tokens = replace(ready, found=replace(ready.found, refusal_tokens=ready.found.refusal_tokens[:1]))
+    assert tint(tokens, answered(ready), inside=True) == tint(ready, answered(ready), inside=True)
 
 
 def test_without_refusal_tokens_no_page_says_that_nothing_starts_like_a_refusal(model, found):

@@ -35,6 +35,7 @@ from refusal_core.prompts import PromptError
 from refusal_core.ui.engine import EMBEDDED, Engine, Engines, Ready
 from refusal_core.ui.measure import Wish
 from refusal_core.ui.page import Handlers, Visit
+from refusal_core.ui.server import MAX_BODY
 from refusal_core.ui.talk import (
     MAX_CHARACTERS,
     OPENING,
@@ -1033,6 +1034,14 @@ def test_a_direction_from_where_the_model_has_no_place_is_one_sentence_wherever_
         assert says in handlers.save_direction(kept, gr.EventData(None, {}))["error"]
 
 
+@pytest.mark.parametrize("data", ["é", "=", None, 3])
+def test_a_file_that_is_not_what_the_page_sends_is_one_sentence(ready, engines, data):
+    engines.of(None)._say(ready)
+    sent = {"files": [{"name": "saved.safetensors", "data": data}] if data != 3 else 3}
+    visit, bar, _ = Handlers(engines, Stops(), 64).load_direction(Visit(), gr.EventData(None, sent))
+    assert visit == Visit() and bar["error"]
+
+
 # -- the link ------------------------------------------------------------------------------------------------------
 
 
@@ -1398,6 +1407,19 @@ def test_the_server_lets_the_page_load_nothing_from_elsewhere_and_takes_no_uploa
         with pytest.raises((urllib.error.HTTPError, ConnectionError, urllib.error.URLError)) as refused:
             urllib.request.urlopen(request)
         assert not isinstance(refused.value, urllib.error.HTTPError) or refused.value.code == status
+
+
+def test_a_body_that_does_not_say_how_long_it_is_is_counted(app):
+    head = "POST /gradio_api/queue/join HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked"
+    size = MAX_BODY + 1
+    with socket.create_connection(("127.0.0.1", int(app.url.rsplit(":", 1)[1])), timeout=20) as visitor:
+        visitor.sendall(f"{head}\r\n\r\n{size:x}\r\n".encode() + b" " * size)  # and it might go on forever
+        answer = b"".join(iter(lambda: visitor.recv(1000), b""))
+    assert answer.startswith(b"HTTP/1.1 413 ") and f"at most {MAX_BODY:,} bytes".encode() in answer
+    assert b"content-security-policy" in answer
+    with socket.create_connection(("127.0.0.1", int(app.url.rsplit(":", 1)[1])), timeout=20) as visitor:
+        visitor.sendall(f"{head}\r\n\r\n2\r\n{{}}\r\n0\r\n\r\n".encode())
+        assert visitor.recv(1000).startswith(b"HTTP/1.1 422 "), "a short one reaches the page"
 
 
 def test_before_the_page_is_there_a_sentence_of_its_own_says_so_and_no_bare_loading(chromium, app):

@@ -1,8 +1,11 @@
 """What the tab Find promises: the candidates, a direction of one's own, and a prompt as the model reads it."""
 
+import gc
 import json
 import re
+import shutil
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,18 +24,20 @@ from test_ui import (
     App,
     ask,
     chromium,
+    end,
     idle,
     open_find,
     open_map,
     open_tab,
     replies,
     running,
+    start,
     tab,
     take,
     watched,
 )
 
-from refusal_core.chat_model import ModelError
+from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import DirectionError
 from refusal_core.prompts import MAX_CHARACTERS, PromptError, PromptSet, load_prompts
 from refusal_core.selection import Progress
@@ -41,7 +46,7 @@ from refusal_core.ui.engine import Engine, Engines, Ready, filled
 from refusal_core.ui.find import MOST_SHOWN, asked_cell, find_view, rendered_view
 from refusal_core.ui.map import map_view
 from refusal_core.ui.measure import Wish, measured, unseen
-from refusal_core.ui.page import Handlers, Visit
+from refusal_core.ui.page import FAILURE, Handlers, Visit
 from refusal_core.ui.search import FEWEST, MOST, MOST_CHARACTERS, MOST_KEPT, Search, Searches, search
 from refusal_core.ui.talk import Stops
 
@@ -231,6 +236,15 @@ def test_the_page_says_that_cosmic_chose_and_why(ready, few):
     assert whole.found.choice.chosen is not None and whole.score == whole.found.choice.chosen
 
 
+@pytest.mark.parametrize("by", ["rule", "cosmic"])
+def test_who_is_to_choose_is_asked_for_on_the_page(engine, by):
+    handlers = Handlers(Engines(engine, [], any_model=True), Stops(), 64)
+    sent = {"run": 1, "prompts": "app", "kind": "refusal", "by": by, "tokens": None}
+    news = list(handlers.search(Visit(), gr.EventData(None, sent), gr.Request(session_hash="visitor")))
+    assert news[-2][-1]["found"]
+    assert bool(news[-2][2]["chosen_by"]) == (by == "cosmic")
+
+
 def test_other_tokens_are_another_search_and_what_is_drawn_is_kept_apart(ready, few, engine, own):
     tokens = ready.found.refusal_tokens[:1]
     fewer = found_from(ready, few, LISTS | {"tokens": list(tokens)})
@@ -261,14 +275,45 @@ def test_of_what_visitors_have_found_the_last_are_kept_and_each_ones_own(ready, 
     for visitor in range(MOST_KEPT):
         searches.keep(str(visitor), ready)
     searches.keep("1", own)
-    assert searches.of("1") is own and searches.of("0") is ready
+    assert searches.of("1", own.model) is own and searches.of("0", ready.model) is ready
     searches.keep("another", own)
     with pytest.raises(ModelError, match="find it again, or go back"):
-        searches.of("0")
+        searches.of("0", ready.model)
     searches.forget("1")
     with pytest.raises(ModelError):
-        searches.of("1")
-    assert searches.of("another") is own
+        searches.of("1", own.model)
+    assert searches.of("another", own.model) is own
+
+
+def test_what_was_found_in_a_model_that_has_made_room_goes_with_it(engine, ready, tmp_path):
+    # Loaded anew a model of the same name is another one, and both would be in memory.
+    engines, visitor = Engines(engine, [], any_model=True), gr.Request(session_hash="visitor")
+    handlers = Handlers(engines, Stops(), 64)
+    names = [str(shutil.copytree(ORGANISM, tmp_path / name)) for name in ("first", "second", "third")]
+
+    def found_in(name: str) -> tuple[Visit, weakref.ref[ChatModel]]:
+        *_, status = engines.load(name).changes()
+        assert isinstance(status, Ready)
+        handlers._searches.keep("visitor", replace(status, own="lists"))
+        return Visit(name, search="visitor"), weakref.ref(status.model)
+
+    def is_gone(model: weakref.ref[ChatModel]) -> bool:
+        gc.collect()
+        return model() is None
+
+    visit, model = found_in(names[0])
+    assert handlers.cancel_load(visit, visitor)["state"] == "ready"
+    engines._others.pop(names[0])
+    *_, again = engines.load(names[0]).changes()
+    assert isinstance(again, Ready) and again.model is not model()
+    assert "find it again, or go back" in handlers.cancel_load(visit, visitor)["error"]
+    assert is_gone(model)
+    _, model = found_in(names[0])
+    del again
+    for name in names[1:]:
+        list(handlers.load_model(Visit(), gr.EventData(None, {"model": name}), gr.Request(session_hash="another")))
+    assert names[0] not in engines._others and is_gone(model)
+    engines.close()
 
 
 def test_the_cells_of_an_own_search_are_filled_for_its_visitor_alone(ready, own):
@@ -276,10 +321,10 @@ def test_the_cells_of_an_own_search_are_filled_for_its_visitor_alone(ready, own)
     searches.keep("me", own)
     searches.keep("they", own)
     assert list(searches.fill("me"))
-    assert find_view(searches.of("me"), ready.found)["unknown"] == 0
-    assert find_view(searches.of("they"), ready.found)["unknown"] > 0
-    assert searches.of("me").found.choice.chosen is not None
-    assert searches.of("me").direction is own.direction
+    assert find_view(searches.of("me", own.model), ready.found)["unknown"] == 0
+    assert find_view(searches.of("they", own.model), ready.found)["unknown"] > 0
+    assert searches.of("me", own.model).found.choice.chosen is not None
+    assert searches.of("me", own.model).direction is own.direction
     assert list(searches.fill("nobody")) == []
 
 
@@ -409,6 +454,58 @@ def test_unknown_cells_are_measured_on_demand_and_a_direction_taken_meanwhile_st
     expect(tab.locator("[data-direction]")).to_contain_text("layer 2")
     expect(tab.get_by_role("button", name="Measure them")).to_be_hidden()
     expect(tab.locator("progress:visible")).to_have_count(0)
+
+
+BREAKING = """
+import sys
+import refusal_core
+from refusal_core.ui import page, server
+
+def fails(*args):
+    raise RuntimeError("nobody expected this")
+    yield
+
+page.Handlers.fill_map = page.Handlers.load_model = fails
+sys.exit(server.main())
+"""
+"""The app, in which every cell that is measured, and every model that is loaded, fails."""
+
+
+@pytest.fixture
+def broken(tmp_path, few: Path) -> Iterator[App]:
+    app = start(tmp_path / "log.txt", "--prompts", str(few), program=("-c", BREAKING))
+    yield app
+    end(app)
+    assert "nobody expected this" in app.log.read_text()
+
+
+def test_a_failure_nobody_expected_is_said_and_the_button_can_be_pressed_again(chromium, broken):
+    tab, _ = open_tab(chromium, broken)
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=30_000)
+    open_find(tab)
+    fill = tab.locator("[data-fill]")
+    for _ in range(2):
+        fill.click()
+        expect(tab.locator("#find [data-error]")).to_have_text(FAILURE)
+        expect(fill).to_have_attribute("aria-disabled", "false")
+        tab.wait_for_timeout(500)
+        expect(tab.locator("#find [data-error]")).to_be_visible()  # nothing that comes later replaces it
+    tab.locator("[data-model]").click()
+    tab.locator("#other-model").fill("another")
+    tab.locator("#other-model").press("Enter")
+    expect(tab.locator("[data-failed]")).to_have_text(FAILURE)
+    tab.context.close()
+
+
+@pytest.mark.parametrize("error", [PromptError, ModelError, DirectionError])
+def test_cells_that_cannot_be_measured_are_said_in_a_sentence(engine, monkeypatch, error):
+    def fails(_: Engine):
+        raise error("This cannot be measured.")
+        yield
+
+    monkeypatch.setattr(Engine, "fill", fails)
+    (said,) = Handlers(Engines(engine, [], any_model=True), Stops(), 64).fill_map(Visit())
+    assert said["filled"] and said["error"] == "This cannot be measured."
 
 
 @pytest.mark.parametrize("forged", [(1, 1), (-1, 999), ("-1", 3), ([1], {}), (True, 3), (None, 3), (-1, None)])

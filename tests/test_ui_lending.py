@@ -261,13 +261,15 @@ def test_elsewhere_the_work_is_done_here_and_its_errors_are_its_own(model):
     assert once_on_gpu(sorted, [2, 1], model=model, seconds=1, reverse=True) == [2, 1]
 
 
-def test_work_of_which_nobody_wants_the_rest_is_told_so_and_waited_for(model, monkeypatch):
-    # A generator of `spaces` that is closed stops whatever its worker does by then.
-    yielded, ended = [], []
+def test_work_of_which_nobody_wants_the_rest_is_told_so_and_waited_for_elsewhere(model, monkeypatch):
+    # A generator of `spaces` that is closed stops whatever its worker does by then; who closes one may be the event loop.
+    yielded, ended, closed = [], threading.Event(), threading.Event()
 
     def worker(*args):
-        yield from lending._work(*args)
-        ended.append(True)
+        for answer in lending._work(*args):
+            yield answer
+            assert closed.wait(20), "the one who closes it does not wait"
+        ended.set()
 
     def work():
         for i in range(9):
@@ -279,7 +281,8 @@ def test_work_of_which_nobody_wants_the_rest_is_told_so_and_waited_for(model, mo
     answers = on_gpu(work, model=model, seconds=1)
     assert next(answers) == 0
     answers.close()
-    assert yielded == [0] and ended == [True]
+    closed.set()
+    assert ended.wait(20) and yielded == [0]
 
 
 def test_before_there_is_a_visitor_work_without_a_gpu_is_done_here(model, monkeypatch):

@@ -151,7 +151,8 @@ function draw() {
     const mine = view && next.model === view.model;
     filling = mine && next.filling ? next.filling : null;
     if (view) drawFilling();
-    if (next.filled) trigger('show', {});
+    if (next.error) drawError(next.error); // the candidates as they stand would say that there is none
+    else if (next.filled) trigger('show', {});
     return;
   }
   if (!next.cells) {
@@ -244,6 +245,7 @@ find('[data-reset]').addEventListener('click', () => trigger('choose', {}));
 find('[data-fill]').addEventListener('click', () => {
   if (filling) return;
   filling = ['starting', 0, 1];
+  drawError('');
   drawFilling();
   trigger('fill', {});
 });

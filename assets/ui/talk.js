@@ -355,6 +355,7 @@ function tinted({ run: about, inside, panes }) {
   const node = find('.turns').lastElementChild;
   if (about !== run || running || !node || find('[data-tint]').value !== (inside ? 'inside' : 'untouched')) return;
   const shown = Object.entries(panes).filter(([pane, tokens]) => cellOf(node, pane).textContent === tokens.map(([text]) => text).join(''));
+  if (!shown.length) node.querySelectorAll('.reply').forEach((reply) => reply.replaceChildren(reply.textContent)); // another reading would stay
   for (const [pane, tokens] of shown) {
     cellOf(node, pane).replaceChildren(...tokens.map(([text, along], index) => token(pane, text, along, index)));
   }

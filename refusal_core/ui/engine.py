@@ -353,6 +353,13 @@ class Engines:
                 self._others.pop(next(iter(self._others))).close()
             return engine
 
+    @property
+    def models(self) -> list[ChatModel]:
+        """The models that are ready."""
+        with self._lock:
+            statuses = [engine.status for engine in (self._first, *self._others.values())]
+        return [status.model for status in statuses if isinstance(status, Ready)]
+
     def name_of(self, engine: Engine) -> str | None:
         """The name under which `of` gives it."""
         with self._lock:

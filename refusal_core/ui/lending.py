@@ -9,6 +9,7 @@ as safetensors, and a stop through a byte of memory that both share. Everywhere 
 """
 
 import contextlib
+import contextvars
 import itertools
 import mmap
 import multiprocessing
@@ -97,7 +98,7 @@ def on_gpu(
     if not GPUS_ARE_LENT:
         yield from _answers(work, args, kwargs | stops)
         return
-    slot, begun = next(_SLOTS), False
+    slot, begun, ended = next(_SLOTS), False, False
     _STOPS[slot] = stop is not None and stop.is_set()
     answers = _borrowed(seconds, model, slot, bool(stops), work, args, kwargs)
     try:
@@ -107,16 +108,25 @@ def on_gpu(
                 raise answer
             yield answer
             _STOPS[slot] = stop is not None and stop.is_set()
+        ended = True
     except gr.Error as error:
+        ended = True
         if begun or LocalContext.request.get(None) is not None:
             raise _said(error) from error
         yield from _answers(work, args, kwargs | stops)
     finally:
-        # To the end, not closed: `spaces` would stop whatever the worker does by then, which may be somebody else's work.
         _STOPS[slot] = ABANDONED
-        with contextlib.suppress(gr.Error):
-            for _ in answers:
-                pass
+        if not ended:
+            # In a thread of its own: Gradio closes what nobody listens to on its event loop, and every page would wait.
+            context = contextvars.copy_context()
+            threading.Thread(target=context.run, args=(_drain, answers), name="drain", daemon=True).start()
+
+
+def _drain(answers: Iterator[Any]) -> None:
+    """To the end, not closed: `spaces` would stop whatever the worker does by then, which may be somebody else's work."""
+    with contextlib.suppress(gr.Error):
+        for _ in answers:
+            pass
 
 
 def once_on_gpu(work: Callable[..., T], *args: Any, model: ChatModel, seconds: int, **kwargs: Any) -> T:

@@ -1,7 +1,6 @@
 """The page: the bar, the tabs, and what happens when something is clicked."""
 
 import base64
-import binascii
 import re
 import time
 from collections.abc import Iterator
@@ -46,7 +45,10 @@ TITLE = "Refusal is a direction"
 SENT = ("run", "action", "prompt", "example", "cell", *SETTINGS)
 """The fields of a request to the Talk tab."""
 
-SOUGHT = ("run", "prompts", "kind", "first", "second", "first_name", "second_name", "file_name", "file_text", "tokens")
+SOUGHT = (
+    *("run", "prompts", "kind", "first", "second", "first_name", "second_name", "file_name", "file_text"),
+    *("by", "tokens"),
+)
 """The fields of a search for another direction."""
 
 Turns = tuple[Turn, ...]
@@ -102,6 +104,8 @@ class Handlers:
         wanted = getattr(event, "model", None)
         try:
             engine = self._engines.load(wanted if isinstance(wanted, str) else "")
+            # What made room would stay in memory with what was found in it.
+            self._searches.keep_only(self._engines.models)
         except ModelError as error:
             yield only_bar(error=str(error))
             return
@@ -123,6 +127,10 @@ class Handlers:
             self._engines.forget(engine)
             sentence = status.sentence if isinstance(status, Failed) else "The loading was ended: load the model again."
             yield only_bar(error=sentence)
+
+    def end_failed_load(self, visit: Visit) -> dict:
+        """The bar of the model in use after a load that failed as nobody expected."""
+        return self._bar(self._in_use(visit), error=FAILURE)
 
     def cancel_load(self, visit: Visit, request: gr.Request) -> dict:
         """The bar of the model in use; what is being loaded is for others who may wait for it, or for later."""
@@ -212,9 +220,8 @@ class Handlers:
             _, ready = self._ready(visit)
             now = ready.using_saved(read_direction(ready.model, _files(getattr(event, "files", None))))
             return replace(visit, direction=now.direction), self._bar(now), self._candidates(visit, now)
-        except (ModelError, DirectionError, binascii.Error) as error:
-            sentence = "The file could not be read: load it again." if isinstance(error, binascii.Error) else str(error)
-            return visit, self._bar(self._in_use(visit), error=sentence), gr.skip()
+        except (ModelError, DirectionError) as error:
+            return visit, self._bar(self._in_use(visit), error=str(error)), gr.skip()
 
     def fill_map(self, visit: Visit) -> Iterator[dict]:
         """How far the candidates are measured that the rule did not need; the page then asks for `show_cells`.
@@ -225,8 +232,8 @@ class Handlers:
             engine, ready = self._ready(visit)
             for progress in self._searches.fill(visit.search) if visit.search else engine.fill():
                 yield {"model": ready.model.name, "filling": [progress.stage, progress.done, progress.total]}
-        except ModelError as error:
-            yield {"error": str(error), "filled": True}
+        except (PromptError, ModelError, DirectionError) as error:
+            yield {"error": str(error), "filled": True, "nonce": time.monotonic_ns()}
             return
         yield {"model": ready.model.name, "filled": True, "nonce": time.monotonic_ns()}
 
@@ -254,9 +261,10 @@ class Handlers:
                 if isinstance(news, Progress):
                     yield *unchanged, echo | {"searching": [news.stage, news.done, news.total]}
                 elif not stop.is_set():
-                    self._searches.keep(session, news)
                     mine = Visit(visit.model, search=session)
-                    yield mine, self._bar(news), self._candidates(mine, news), gr.skip(), echo | {"found": True}
+                    candidates = self._candidates(mine, news)  # raises if its model has made room meanwhile
+                    self._searches.keep(session, news)
+                    yield mine, self._bar(news), candidates, gr.skip(), echo | {"found": True}
                     yield *(gr.skip(),) * 3, map_view(engine, news), gr.skip()
                     return
         except (PromptError, ModelError, DirectionError) as error:
@@ -385,7 +393,7 @@ class Handlers:
             status = self._engines.of(visit.model).status
             if not isinstance(status, Ready):
                 return status
-            status = self._searches.of(visit.search) if visit.search else status
+            status = self._searches.of(visit.search, status.model) if visit.search else status
             return status.using_saved(visit.direction) if visit.direction else status.using(visit.cell)
         except (ModelError, DirectionError) as error:
             return Failed(str(error))
@@ -405,10 +413,13 @@ class Handlers:
 
 
 def _files(sent: object) -> dict[str, bytes]:
-    """The files that a browser sent, by name; raises binascii.Error for what is none."""
-    if not isinstance(sent, list) or not all(isinstance(file, dict) for file in sent):
-        raise binascii.Error
-    return {str(file.get("name")): base64.b64decode(str(file.get("data")), validate=True) for file in sent}
+    """The files that a browser sent, by name; raises DirectionError for what is none."""
+    try:
+        if not isinstance(sent, list) or not all(isinstance(file, dict) for file in sent):
+            raise ValueError("no list of files")
+        return {str(file.get("name")): base64.b64decode(str(file.get("data")), validate=True) for file in sent}
+    except ValueError as error:  # what is not ASCII is no binascii.Error
+        raise DirectionError("The file could not be read: load it again.") from error
 
 
 def _work_of(session: str, work: str) -> str:
@@ -447,6 +458,9 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
         def nothing_found() -> dict:
             return {"run": -1, "error": FAILURE, "nonce": time.monotonic_ns()}
 
+        def nothing_filled() -> dict:
+            return {"error": FAILURE, "filled": True, "nonce": time.monotonic_ns()}
+
         def nothing_foretold() -> dict:
             # A value that is the same as the last one would not reach the page.
             return {"run": -1, "nonce": time.monotonic_ns()}
@@ -456,7 +470,8 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
         past_the_queue = quiet | {"trigger_mode": "multiple", "queue": False}
         page.load(do.open_page, None, [bar, panes, atlas, grid], concurrency_limit=VISITORS_AT_ONCE, **quiet)
         page.unload(do.leave)
-        bar.load_model(do.load_model, visit, [visit, turns, bar, panes, atlas, grid], **many)
+        loaded = bar.load_model(do.load_model, visit, [visit, turns, bar, panes, atlas, grid], **many)
+        loaded.failure(do.end_failed_load, visit, bar, queue=False, **quiet)
         bar.cancel_load(do.cancel_load, visit, bar, **past_the_queue)
         asked = panes.ask(do.answer, [turns, visit], [turns, panes], **many)
         asked.failure(after_failure, turns, panes, queue=False, **quiet)
@@ -478,7 +493,9 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
                 failed, None, atlas, queue=False, **quiet
             )
         grid.choose(do.choose_cell, visit, [visit, bar, grid], **past_the_queue)
-        grid.fill(do.fill_map, visit, grid, **(many | {"trigger_mode": "once"}))
+        grid.fill(do.fill_map, visit, grid, **(many | {"trigger_mode": "once"})).failure(
+            nothing_filled, None, grid, queue=False, **quiet
+        )
         rates.measure(do.measure, visit, rates, **(many | {"concurrency_limit": 2})).failure(
             failed, None, rates, queue=False, **quiet
         )

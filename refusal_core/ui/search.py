@@ -4,7 +4,7 @@ What is found belongs to the visit: the app's own direction, and everybody else'
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -208,15 +208,24 @@ class Searches:
         self._stops, self._lock = stops, threading.Lock()
         self._kept: dict[str, tuple[Ready, threading.Event]] = {}
 
-    def of(self, session: str) -> Ready:
-        """What this session has had found; raises ModelError if it has made room."""
+    def of(self, session: str, model: ChatModel) -> Ready:
+        """What this session has had found in `model`; raises ModelError if it, or the model it was found in, made room."""
         with self._lock:
-            if session not in self._kept:
-                raise ModelError(
-                    "The direction that you had found was put away to make room for others: find it again, or go back to "
-                    "the app’s own."
-                )
-            return self._kept[session][0]
+            ready, _ = self._kept.get(session, (None, None))
+        if ready is not None and ready.model is model:
+            return ready
+        self.forget(session)  # a model that was loaded anew would not be the one that this keeps in memory
+        raise ModelError(
+            "The direction that you had found was put away to make room for others: find it again, or go back to the "
+            "app’s own."
+        )
+
+    def keep_only(self, models: Sequence[ChatModel]) -> None:
+        """Lets go of what was found in any other model."""
+        with self._lock:
+            others = [s for s, (ready, _) in self._kept.items() if not any(ready.model is m for m in models)]
+        for session in others:
+            self.forget(session)
 
     def keep(self, session: str, ready: Ready) -> None:
         """Keeps it for this session, instead of what it had."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gradio.themes import Base
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -89,8 +89,10 @@ class Guard:
                 message = {**message, "headers": [*message["headers"], *added]}
             await send(message)
 
-        refusal = _turned_away(scope)
-        await (refusal or self._app)(scope, receive, send_guarded)
+        if refusal := _turned_away(scope):
+            await refusal(scope, receive, send_guarded)
+        else:
+            await _up_to(MAX_BODY, self._app, scope, receive, send_guarded)
 
 
 class FirstPaint:
@@ -122,12 +124,49 @@ class FirstPaint:
         await self._app(scope, receive, send_whole)
 
 
-def _turned_away(scope: Scope) -> PlainTextResponse | None:
+async def _up_to(most: int, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Serves one request with a body of at most `most` bytes, whatever length it says, or none, that it has.
+
+    Where more arrive the answer is status 413, and to the app the visitor has gone.
+    """
+    n, begun, over, answered = 0, False, False, False
+
+    async def receive_counted() -> Message:
+        nonlocal n, over, answered
+        message: Message = {"type": "http.disconnect"} if over else await receive()
+        n += len(message.get("body", b""))
+        if n > most and not over:
+            over = True
+            if not begun:
+                answered = True
+                await _too_large(scope, receive, send)
+        return {"type": "http.disconnect"} if over else message
+
+    async def send_unless_answered(message: Message) -> None:
+        nonlocal begun
+        begun = True
+        if not answered:
+            await send(message)
+
+    try:
+        await app(scope, receive_counted, send_unless_answered)
+    except ClientDisconnect:
+        if not over:
+            raise
+
+
+async def _too_large(scope: Scope, receive: Receive, send: Send) -> None:
+    # Closed, so that the rest of the body is not waited for.
+    refusal = PlainTextResponse(f"A request has at most {MAX_BODY:,} bytes.", 413, {"connection": "close"})
+    await refusal(scope, receive, send)
+
+
+def _turned_away(scope: Scope) -> ASGIApp | None:
     if scope["path"].startswith("/gradio_api/upload"):
         return PlainTextResponse("Nothing is uploaded here.", 403)
     length = dict(scope["headers"]).get(b"content-length", b"0")
     if not length.isdigit() or int(length) > MAX_BODY:
-        return PlainTextResponse(f"A request has at most {MAX_BODY:,} bytes.", 413)
+        return _too_large
     return None
 
 

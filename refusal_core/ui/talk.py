@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 from refusal_core.attribution import read_along
 from refusal_core.chat_model import ModelError
-from refusal_core.directions import random_like
+from refusal_core.directions import DirectionError, random_like
 from refusal_core.endpoints import stream_replies
 from refusal_core.evaluation import judged
 from refusal_core.generation import Ending, Step, stream_side_by_side
@@ -402,11 +402,13 @@ def tint(ready: Ready, turns: Sequence[Turn], *, inside: bool) -> dict[Pane, lis
 
     0 is the mean of the harmless prompts that the direction was made from, 1 that of the harmful ones, at the layer
     it was read from. The untouched model reads every reply, or, `inside`, each pane's own changed one: after removal
-    that reading is the same at every token by construction. Raises PromptError for a conversation that has grown too
+    that reading is the same at every token by construction. A turn may have been answered with another direction than
+    the one in use; without that one nothing is read inside. Raises PromptError for a conversation that has grown too
     long.
     """
     replies: dict[Pane, Reply] = {pane: reply for pane, reply in turns[-1].replies.items() if reply.ids}
-    if not replies:
+    answered = _answered_with(ready, turns[-1].used) if inside else ready
+    if not replies or answered is None:
         return {}
     direction, found = ready.direction, ready.found
     layer, at = direction.source.layer, found.positions.index(direction.source.position)
@@ -419,7 +421,7 @@ def tint(ready: Ready, turns: Sequence[Turn], *, inside: bool) -> dict[Pane, lis
         [conversation(turns, pane) for pane in replies],
         direction,
         [reply.ids for reply in replies.values()],
-        [_row(ready, pane, reply.strength, reply.writers) if inside else () for pane, reply in replies.items()],
+        [_row(answered, pane, reply.strength, reply.writers) if inside else () for pane, reply in replies.items()],
         layers=[layer],
         model=ready.model,
         seconds=GLANCE,
@@ -433,6 +435,22 @@ def tint(ready: Ready, turns: Sequence[Turn], *, inside: bool) -> dict[Pane, lis
         ]
         for (pane, reply), reading in zip(replies.items(), readings, strict=True)
     }
+
+
+def _answered_with(ready: Ready, used: Used | None) -> Ready | None:
+    """The same with the direction that a turn was answered with; None where that is neither in use nor on the map."""
+    if used is None or _digest_of(used) == ready.direction.digest:
+        return ready
+    try:
+        on_map = ready.using((used.position, used.layer))
+    except DirectionError:
+        return None
+    return on_map if _digest_of(used) == on_map.direction.digest else None
+
+
+def _digest_of(used: Used) -> str:
+    """Of the direction alone: with other tokens that count as a refusal it is the same direction."""
+    return used.digest.split()[0]
 
 
 def _pieces(ready: Ready, ids: tuple[int, ...]) -> list[str]:
