@@ -35,11 +35,16 @@ def main() -> None:
         measured = benchmark.measure(chosen, repeats)
         doc = (benchmark.__doc__ or "").strip()
         parts.append(f"## {measured.title}: {chosen.name}\n\n{doc}\n\n{measured.as_markdown()}\n\n{repeats} × in turn.")
-        print(parts[-1], flush=True)
+        _keep(parts)
     for benchmark in (growth, memory) if only is None else ():
         measured = benchmark.measure()
         parts.append(f"## {measured.title}\n\n{(benchmark.__doc__ or '').strip()}\n\n{measured.as_markdown()}")
-        print(parts[-1], flush=True)
+        _keep(parts)
+
+
+def _keep(parts: list[str]) -> None:
+    """Prints the last part, and writes all so far: a run of half an hour that is ended early has measured something."""
+    print(parts[-1], flush=True)
     (Path(__file__).parent / "RESULTS.md").write_text("# Benchmarks\n\n" + "\n\n".join(parts) + "\n", "utf-8")
 
 

@@ -236,10 +236,12 @@ def test_a_worker_that_is_older_than_a_model_has_it_too(space, tab, other):
     tab.get_by_role("button", name=str(other)).click()
     space.loads += 1
     expect(tab.locator("[data-model]")).to_contain_text(str(other), timeout=60_000)
-    ask(tab, "Who are you?")
-    assert all(replies(tab))
-    ran = [pid for pid in space.steppers[before:] if pid != space.app.process.pid]
-    assert ran[0] in workers, "the worker was there before"
+    for _ in range(5):  # one that still ends what nobody waits for is not free, and then a new one answers
+        ask(tab, "Who are you?")
+        assert all(replies(tab))
+        if workers & set(space.steppers[before:]):
+            break
+    assert workers & set(space.steppers[before:]), "a worker that was there before"
     assert space.page_ran_nothing()
 
 
