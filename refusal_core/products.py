@@ -43,7 +43,7 @@ def product(layer: torch.nn.Linear, input: Float[Tensor, "*row d_in"]) -> Float[
     n = len(rows)
     if not 0 < n <= FEW or input.dtype != weight.dtype:
         return linear(input, weight, bias)
-    if n == 1:  # a product with a single row is another one, which has one thread
-        rows = rows.expand(2, -1)
+    if n == 1:  # a product with a single row is another one, which has one thread; a row twice is read as any others
+        rows = rows.repeat(2, 1)
     y = (weight @ rows.t()).t()[:n].contiguous()
     return (y if bias is None else y + bias).reshape(*input.shape[:-1], -1)
