@@ -1,6 +1,7 @@
 """From nothing to the first page, against importing torch, transformers and gradio: processes of their own.
 
-The page is there when the server answers; the model is loaded, and its direction found, behind it.
+The page is there when the server answers; the model is loaded, and its direction found, behind it. Needs
+`tests/requirements.txt`.
 """
 
 import subprocess

@@ -101,7 +101,10 @@ def test_scale_zero_gives_back_what_it_was_given(kind):
 
 @pytest.mark.parametrize("kind", ["ablate", "add"])
 def test_a_stream_in_double_precision_stays_one(kind):
-    r, x = Direction.from_difference(torch.ones(4), Source(layer=0)), torch.full((1, 4), 1 + 2**-40).double()
+    r, x = (
+        Direction.from_difference(torch.ones(4), Source(layer=0)),
+        torch.full((1, 4), 1 + 2**-40, dtype=torch.float64),
+    )
     x[0, 0] = -3.0
     expected = (
         x - (x @ r.unit.double())[:, None] * r.unit.double() if kind == "ablate" else x + r.norm * r.unit.double()

@@ -267,7 +267,7 @@ def test_without_the_harmless_mean_a_projection_says_what_it_needs(model: ChatMo
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "Llama, tied"])
+@pytest.mark.parametrize("name", ["GPT-2", "GPT-BigCode", "Llama, tied"])
 def test_no_variant_of_the_removal_lets_the_stream_say_anything_along_its_direction(name, tmp_path):
     model, direction = tiny(name, tmp_path)
     (batch,) = model.batches([HARMFUL])
