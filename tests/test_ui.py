@@ -34,7 +34,7 @@ from refusal_core.interventions import Intervention
 from refusal_core.prompts import PromptError
 from refusal_core.ui.engine import EMBEDDED, Engine, Engines, Ready
 from refusal_core.ui.measure import Wish
-from refusal_core.ui.page import Handlers, Visit
+from refusal_core.ui.page import FORGOTTEN, RELOAD, Handlers, Visit
 from refusal_core.ui.server import MAX_BODY
 from refusal_core.ui.talk import (
     MAX_CHARACTERS,
@@ -287,11 +287,12 @@ class App:
     log: Path
 
 
-def start(log: Path, *arguments: str, program: Sequence[str] = ("app.py",)) -> App:
+def start(log: Path, *arguments: str, program: Sequence[str] = ("app.py",), port: int | None = None) -> App:
     """Starts the app on a free port and waits until it listens; `program` is what Python is to run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    if port is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
     with log.open("w") as out:
         process = subprocess.Popen(
             [sys.executable, *program, "--port", str(port), "--no-browser", *arguments],
@@ -330,9 +331,9 @@ def end(app: App) -> int:
 
 
 @contextlib.contextmanager
-def running(log: Path, *arguments: str, program: Sequence[str] = ("app.py",)) -> Iterator[App]:
+def running(log: Path, *arguments: str, program: Sequence[str] = ("app.py",), port: int | None = None) -> Iterator[App]:
     """The app, ready; at the end it must have ended well, and have logged no error."""
-    app = start(log, *arguments, program=program)
+    app = start(log, *arguments, program=program, port=port)
     try:
         wait_for(lambda: "true" in (health(app) or ""), app, "is ready")
         assert '"ready":true' in (health(app) or "")
@@ -1480,6 +1481,55 @@ def test_another_model_can_be_loaded_and_the_old_one_stays_until_then(chromium, 
     expect(tab.locator("[data-model]")).to_contain_text("embedded model")
 
 
+def test_a_page_that_is_older_than_the_app_says_so_and_keeps_what_it_shows(chromium, tmp_path):
+    with running(tmp_path / "first.txt") as app:
+        tab, _ = open_tab(chromium, app)
+        expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
+        idle(tab)
+        before = replies(tab)
+    with running(tmp_path / "second.txt", port=int(app.url.rpartition(":")[2])):
+        ask_field = tab.get_by_label("Message")
+        ask_field.fill("Who are you?")
+        ask_field.press("Enter")
+        expect(tab.locator(".composer [data-error]")).to_have_text(RELOAD)
+        expect(ask_field).to_have_value("Who are you?")
+        idle(tab)
+        assert len(before) == 3 and replies(tab) == before
+        open_find(tab)
+        tab.locator("[data-cell='-1 3']").click()
+        expect(tab.locator("#bar [data-failed]")).to_have_text(RELOAD)
+        tab.reload()
+        expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
+        idle(tab)
+        ask(tab, "Who are you?")
+        expect(tab.locator(".composer [data-error]")).to_be_hidden()
+    tab.context.close()
+
+
+def test_for_a_page_that_is_not_known_any_more_nothing_is_done(engines, ready):
+    engines.of(None)._status = ready
+    handlers, visitor = Handlers(engines, Stops(), 64), gr.Request(session_hash="visitor")
+    sent = SENT | {"prompts": "lists", "first": "Hi", "second": "Ho", "position": -1, "layer": 2, "n": 5, "text": "I"}
+    sent |= {"model": EMBEDDED, "axes": "pca", "files": []}
+    event = gr.EventData(None, sent)
+    by_visitor, alone = (FORGOTTEN, event, visitor), (FORGOTTEN, event)
+    for answered in (
+        *(list(work(*by_visitor)) for work in (handlers.load_model, handlers.search, handlers.measure)),
+        *(list(work(*by_visitor)) for work in (handlers.show_umap, handlers.measure_writers)),
+        *(work(*alone) for work in (handlers.choose_cell, handlers.load_direction, handlers.show_position)),
+        *(work(*alone) for work in (handlers.save_direction, handlers.read_inside, handlers.check_token)),
+        handlers.show_cells(FORGOTTEN),
+        list(handlers.fill_map(FORGOTTEN)),
+        handlers.drop_search(FORGOTTEN, visitor),
+        handlers.cancel_load(FORGOTTEN, visitor),
+        handlers.show_rendered((), *alone),
+        list(handlers.answer((), *by_visitor)),
+    ):
+        assert RELOAD in str(answered) and "is_known=True" not in str(answered)
+    assert handlers.foretell((), *alone) == {"run": 1}
+    assert not handlers.tint_replies((), *alone)["panes"]
+
+
 def test_where_others_can_open_the_page_only_the_offered_models_can_be_loaded(tmp_path):
     engines = Engines(Engine(), ["owner/name"], any_model=False)
     for name in (str(tmp_path), "other/name", "", "/etc"):
@@ -1554,6 +1604,23 @@ def test_a_load_that_is_cancelled_shows_nothing_more(engines, tmp_path):
     assert next(loading)[2]["waiting"]["stage"] == "loading the model"
     assert handlers.cancel_load(Visit(), visitor)["error"] == ""
     assert list(loading) == []
+
+
+def test_a_model_that_had_made_room_is_loaded_for_the_conversation_that_was_held_with_it(engines, tmp_path):
+    names = [str(shutil.copytree(ORGANISM, tmp_path / name)) for name in ("first", "second", "third")]
+    handlers, visitor = Handlers(engines, Stops(), 64), gr.Request(session_hash="visitor")
+
+    def load(visit: Visit, name: str) -> list[tuple]:
+        return [news for news in handlers.load_model(visit, gr.EventData(None, {"model": name}), visitor) if news[0]]
+
+    (visit, turns, *_), *_ = [news for news in load(Visit(), names[0]) if isinstance(news[0], Visit)]
+    assert visit == Visit(names[0]) and turns == ()
+    for name in names[1:]:
+        load(Visit(), name)
+    with pytest.raises(ModelError, match="put away"):
+        engines.of(names[0])
+    (again, turns, *_), *_ = [news for news in load(visit, names[0]) if isinstance(news[0], Visit)]
+    assert again == visit and turns == gr.skip()
 
 
 def test_the_model_asked_for_longest_ago_makes_room(engines, tmp_path):

@@ -274,8 +274,8 @@ function accept(view) {
 }
 
 function draw() {
-  const view = props.value;
-  if (!view || !view.turns) return;
+  if (!props.value || !(props.value.turns || props.value.error)) return;
+  const view = { turns: [], ...(props.value.turns ? {} : drawn), ...props.value }; // what has none leaves those on screen
   if (view.examples) {
     open(view);
     return;

@@ -61,13 +61,26 @@ class Visit:
     """What a visitor has chosen: a model by its name, a candidate of its map; None is what the app chose.
 
     A `direction` that they brought along comes before the cell. `search` is the session whose own search the candidates
-    are from.
+    are from. What a page shows that has been open for longer than its state was kept, over a night or over a new start of
+    the app, `is_known` no more: nothing can be done for it that would not be about something else.
     """
 
     model: str | None = None
     cell: Cell | None = None
     direction: Direction | None = None
     search: str | None = None
+    is_known: bool = True
+
+    @property
+    def plain(self) -> "Visit":
+        """The same with what the app chose for the model."""
+        return Visit(self.model, is_known=self.is_known)
+
+
+FORGOTTEN = Visit(is_known=False)
+RELOAD = (
+    "The page has been open for so long that the app no longer knows it: save what you want to keep, and reload it."
+)
 
 
 class Handlers:
@@ -79,26 +92,29 @@ class Handlers:
         self._loads: dict[str, int] = {}
 
     def open_page(self) -> Iterator[tuple]:
-        """The bar while the model is prepared, then everything: bar, panes, map, candidates."""
+        """Visit, and the bar while the model is prepared; then everything: bar, panes, map, candidates."""
         engine = self._engines.of(None)
         for status in engine.changes():
             if isinstance(status, Ready):
-                yield self._bar(status), opening_view(status), gr.skip(), gr.skip()
-                yield gr.skip(), gr.skip(), map_view(engine, status), find_view(status, status.found)
+                yield Visit(), self._bar(status), opening_view(status), gr.skip(), gr.skip()
+                yield *(gr.skip(),) * 3, map_view(engine, status), find_view(status, status.found)
             else:
                 panes = served_view(status) if isinstance(status, Served) else gr.skip()
-                yield self._bar(status), panes, gr.skip(), gr.skip()
+                yield Visit(), self._bar(status), panes, gr.skip(), gr.skip()
 
     def load_model(self, visit: Visit, event: gr.EventData, request: gr.Request) -> Iterator[tuple]:
         """Visit, turns, bar, panes, map and candidates of another model; until it is ready only the bar changes.
 
-        Nothing more is shown of a load once its visitor has asked for another one.
+        One that has made room meanwhile is loaded for the conversation that was held with it. Nothing more is shown of a load once its visitor has asked for another one.
         """
 
         def only_bar(loading: Progress | None = None, error: str = "") -> tuple:
             bar = self._bar(self._in_use(visit), loading, error)
             return gr.skip(), gr.skip(), bar, gr.skip(), gr.skip(), gr.skip()
 
+        if not visit.is_known:
+            yield only_bar(error=RELOAD)
+            return
         session = str(request.session_hash)
         mine = self._loads[session] = self._loads.get(session, 0) + 1
         wanted = getattr(event, "model", None)
@@ -121,7 +137,8 @@ class Handlers:
                 yield only_bar(status)
         if isinstance(status, Ready):
             self._end_search(session)
-            yield now, (), self._bar(status), opening_view(status), gr.skip(), gr.skip()
+            turns = gr.skip() if now.model == visit.model else ()
+            yield now, turns, self._bar(status), opening_view(status), gr.skip(), gr.skip()
             yield now, gr.skip(), gr.skip(), gr.skip(), map_view(engine, status), find_view(status, status.found)
         else:
             self._engines.forget(engine)
@@ -143,6 +160,10 @@ class Handlers:
     ) -> Iterator[tuple[Turns, dict]]:
         """The turns while replies grow, and the panes that show them."""
         sent = {name: getattr(event, name, None) for name in SENT}
+        if not visit.is_known:
+            # Without turns, so that those which the page still shows stay.
+            yield turns, {"run": sent["run"], "running": False, "error": RELOAD, "notice": ""}
+            return
         try:
             ask = Ask.read(sent, self._most_tokens)
             # Not of a map that the visitor had made: what names a cell alone can only mean the model's own.
@@ -251,7 +272,7 @@ class Handlers:
         session, unchanged = str(request.session_hash), (gr.skip(),) * 4
         echo = {"run": sent["run"], "nonce": time.monotonic_ns()}
         try:
-            engine, ready = self._ready(Visit(visit.model))
+            engine, ready = self._ready(visit.plain)
             run = sent["run"] if isinstance(sent["run"], int) else 0
             stop = self._stops.begin(_work_of(session, "search"), run)
             if sent["prompts"] == "hub":
@@ -280,7 +301,7 @@ class Handlers:
 
     def drop_search(self, visit: Visit, request: gr.Request) -> tuple:
         """Visit, bar, candidates and map with the app's own direction in use again."""
-        now = Visit(visit.model)
+        now = visit.plain
         try:
             engine, ready = self._ready(now)
         except ModelError as error:
@@ -292,7 +313,7 @@ class Handlers:
         """The token that a typed text is, or why it is none."""
         text, nonce = getattr(event, "text", None), {"nonce": time.monotonic_ns()}
         try:
-            _, ready = self._ready(Visit(visit.model))
+            _, ready = self._ready(visit.plain)
             token = refusal_token(ready.model, text if isinstance(text, str) else "")
         except (PromptError, ModelError) as error:
             return {"error": str(error)} | nonce
@@ -304,7 +325,7 @@ class Handlers:
         if not isinstance(text, str) or not text.strip():
             text = turns[-1].prompt if turns else OPENING
         try:
-            _, ready = self._ready(Visit(visit.model))
+            _, ready = self._ready(visit.plain)
             return rendered_view(ready, text) | nonce
         except (PromptError, ModelError) as error:
             return {"error": str(error)} | nonce
@@ -389,6 +410,8 @@ class Handlers:
 
         Also where a model of the same name has been loaded anew, and has no place for the direction of the one before.
         """
+        if not visit.is_known:
+            return Failed(RELOAD)
         try:
             status = self._engines.of(visit.model).status
             if not isinstance(status, Ready):
@@ -400,7 +423,7 @@ class Handlers:
 
     def _candidates(self, visit: Visit, ready: Ready, error: str = "") -> dict:
         """The candidates, next to what the app itself found for this model."""
-        _, own = self._ready(Visit(visit.model))
+        _, own = self._ready(visit.plain)
         return find_view(ready, own.found, error)
 
     def _end_search(self, session: str) -> None:
@@ -433,7 +456,7 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
     first = engines.of(None)
     closed = {name: {"closed": CLOSED[name]} if first.pair else {} for name in ("map", "find", "measure", "inside")}
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
-        turns, visit = gr.State(()), gr.State(Visit())
+        turns, visit = gr.State(()), gr.State(FORGOTTEN)
         bar = part("bar", "link", value=bar_view(first.status))
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Talk", id="talk"):
@@ -468,7 +491,7 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         many = quiet | {"trigger_mode": "multiple", "concurrency_limit": VISITORS_AT_ONCE}
         past_the_queue = quiet | {"trigger_mode": "multiple", "queue": False}
-        page.load(do.open_page, None, [bar, panes, atlas, grid], concurrency_limit=VISITORS_AT_ONCE, **quiet)
+        page.load(do.open_page, None, [visit, bar, panes, atlas, grid], concurrency_limit=VISITORS_AT_ONCE, **quiet)
         page.unload(do.leave)
         loaded = bar.load_model(do.load_model, visit, [visit, turns, bar, panes, atlas, grid], **many)
         loaded.failure(do.end_failed_load, visit, bar, queue=False, **quiet)
