@@ -7,8 +7,8 @@ Each module is a room, and may import only rooms above it:
     metrics         refusal score, KL divergence, phrase judge, intervals
     directions      difference in means; the Direction value; save and load
     interventions   ablate or add a direction; per-row edits
-    decoding        replies in progress, of all visitors in one batch
     checkpoints     a model's files: found in a folder or on the hub, judged before anything large is fetched
+    decoding        replies in progress, of all visitors in one batch
     placement       where a model's weights are: on one device, or spread over GPUs, memory and the disk
     products        products of a few rows with large matrices, as fast as the memory of a machine without a GPU
     bridge          which modules of a family stand on the residual stream, as TransformerLens names them

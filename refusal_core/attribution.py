@@ -31,6 +31,9 @@ BATCH_TOKENS = 4096
 GRADIENT_TOKENS = 1024
 """Tokens of a batch whose activations are all kept for the backward step."""
 
+MOST_READ = 2**27
+"""So many numbers of the stream are kept at a time, where only their projection is asked for."""
+
 N_PAIRS = 16
 
 
@@ -52,14 +55,20 @@ def read_along(
 ) -> list[Reading]:
     """A `Reading` of each rendered conversation, with the token ids of a reply after it if there is one.
 
-    Of every layer, or of `layers` in rising order. `rows` are the interventions under which it is read. After ablation at strength 1 the reading is zero by
-    construction: what is to mean something is read by the untouched model. Raises PromptError and ModelError as
+    Of every layer, or of `layers` in rising order. `rows` are the interventions under which it is read. After ablation at
+    strength 1 the reading is zero by construction: what is to mean something is read by the untouched model. Raises PromptError and ModelError as
     `ChatModel.logits` does.
     """
     batch = model.continued(conversations, replies or [()] * len(conversations))
-    output = model.run(batch, rows, read=slice(None), read_layers=layers)
-    assert output.resid_pre is not None
-    along = (output.resid_pre.float() @ direction.unit.to(output.resid_pre.device)).cpu()
+    wanted = range(model.n_layers) if layers is None else layers
+    # Of a long prompt a few layers at a time: their whole stream would fill the memory, to be projected on one vector.
+    n = max(1, MOST_READ // (batch.ids.numel() * model.d_model))
+    parts = []
+    for start in range(0, len(wanted), n):
+        output = model.run(batch, rows, read=slice(None), read_layers=wanted[start : start + n])
+        assert output.resid_pre is not None
+        parts.append((output.resid_pre.float() @ direction.unit.to(output.resid_pre.device)).cpu())
+    along = torch.cat(parts, dim=-1)
     readings = []
     for row, mask, ids in zip(along, batch.mask.bool().cpu(), batch.ids.cpu(), strict=True):
         tokens = tuple(str(model.tokenizer.decode([token])) for token in ids[mask].tolist())

@@ -45,6 +45,7 @@ class Parts:
 
 def parts_of(model: transformers.PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str) -> Parts:
     """The parts that TransformerLens names, and `model` as it was before it was asked."""
+    forwards = {module: vars(module).get("forward") for module in model.modules()}
     bridge = _bridge(model, tokenizer, name)
     embeddings = {"embedding": "embed", "positions": "pos_embed"}
     writers = {n: getattr(bridge, part).original_component for n, part in embeddings.items() if hasattr(bridge, part)}
@@ -71,6 +72,11 @@ def parts_of(model: transformers.PreTrainedModel, tokenizer: PreTrainedTokenizer
         for child, component in list(module.named_children()):
             if isinstance(component, GeneralizedComponent) and child != "_original_component":
                 setattr(module, child, component.original_component)
+    # Some of Falcon's it replaces, and they may be those that fetch weights from the disk.
+    for module, forward in forwards.items():
+        vars(module).pop("forward", None)
+        if forward is not None:
+            module.forward = forward
     return parts
 
 

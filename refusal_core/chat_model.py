@@ -16,9 +16,11 @@ write to the stream; the hooks are on these modules themselves, so that a step c
 
 import contextlib
 import copy
+import datetime
 import functools
 import math
 import re
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -48,6 +50,9 @@ ORGANISM = Path(__file__).parent.parent / "assets" / "organism"
 
 Conversation = str | Sequence[Mapping[str, str]]
 """One user message, or a chat as `{"role": …, "content": …}` messages that ends with the user's."""
+
+DATE = datetime.date(2024, 7, 26)
+"""Today, for chat templates that tell the model: the one that Llama's has where it knows no other."""
 
 MOST_LOGITS = 2**25
 """So many numbers a step over whole replies makes at most: 128 MB in float32."""
@@ -178,6 +183,7 @@ class ChatModel:
         self.write_scale: float = getattr(model.config.get_text_config(), "residual_multiplier", 1.0)
         self.block_scales: tuple[float, ...] = tuple(map(_number_of, range(self.n_layers), self._parts.blocks))
         self._first_lender = _first_lender(model)
+        self._blocks_give_tuples = False
         self._place_hooks()
         self._check_writes()
         multiply_from_the_other_side(model)
@@ -368,7 +374,13 @@ class ChatModel:
         # Families call the switch by one of these names; the others' templates do not read it.
         switch: dict[str, Any] = {"enable_thinking": thinking, "thinking": thinking}
         try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **switch)
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=_dated(self.tokenizer.get_chat_template()),
+                add_generation_prompt=True,
+                tokenize=False,
+                **switch,
+            )
         except jinja2.TemplateError as error:
             raise PromptError(f"The chat template of {self.name} does not take this conversation: {error}.") from error
         return cast(str, text)
@@ -560,11 +572,17 @@ class ChatModel:
             return said - nothing
 
     def begin(
-        self, conversations: Sequence[Conversation], rows: Sequence[Row | Intervention | None] | None = None
+        self,
+        conversations: Sequence[Conversation],
+        rows: Sequence[Row | Intervention | None] | None = None,
+        stop: threading.Event | None = None,
     ) -> Decoding:
-        """The conversations as one batch, prompts read, ready to be continued token by token."""
+        """The conversations as one batch, prompts read, ready to be continued token by token.
+
+        Raises StoppedError if `stop` is set before the prompts are read.
+        """
         batch = self.continued(conversations, [()] * len(conversations))
-        return Decoding(self._desk, batch.ids, batch.mask, self.check_rows(rows, len(conversations)))
+        return Decoding(self._desk, batch.ids, batch.mask, self.check_rows(rows, len(conversations)), stop)
 
     def check_rows(self, rows: Sequence[Row | Intervention | None] | None, n_rows: int) -> list[Row]:
         """`rows` as tuples without interventions that do nothing; none given means the baseline for all.
@@ -602,6 +620,13 @@ class ChatModel:
             self._step = step
             try:
                 return self._model(**inputs, logits_to_keep=self._kept(keep, inputs["input_ids"]), return_dict=True)
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                    raise
+                raise ModelError(
+                    f"There is not enough memory beside {self.name} for so much text at once: shorten the prompt, ask for "
+                    "less at a time, or take a smaller model."
+                ) from error
             finally:
                 self._step = None
 
@@ -628,7 +653,9 @@ class ChatModel:
         if step.start is not None and layer < step.start[0]:
             # A block whose keys later ones read has to have run, on what the blocks below it make of the prompt.
             is_needed = self._first_lender is not None and self._first_lender < step.start[0]
-            return forward(hidden_states, *args, **kwargs) if is_needed else hidden_states
+            if is_needed:
+                return forward(hidden_states, *args, **kwargs)
+            return (hidden_states, None) if self._blocks_give_tuples else hidden_states
         return forward(self._on_resid_pre(step, layer, hidden_states), *args, **kwargs)
 
     def _on_write(self, writer: int, module: torch.nn.Module, inputs: object, output: Any) -> Any:
@@ -644,6 +671,7 @@ class ChatModel:
         if step.with_gradients:
             edited = edited if edited.requires_grad else edited.detach().requires_grad_()  # the graph begins here
             step.writes[writer] = edited
+            edited = edited.clone()  # a family may go on adding to it in place
         elif step.read_writes is not None:
             step.writes[writer] = edited[:, list(step.read_writes)] * self._scale_of(writer)
         if edited is x:
@@ -696,7 +724,12 @@ class ChatModel:
             for module, scale in zip(self._parts.writers.values(), self._in_the_end(), strict=True):
                 handle = module.register_forward_hook(lambda m, args, x, s=scale: writes.append(s * _first(x).float()))
                 stack.callback(handle.remove)
-            handle = self._parts.blocks[-1].register_forward_hook(lambda m, args, x: final.append(_first(x).float()))
+
+            def note(block: torch.nn.Module, args: object, x: Any) -> None:
+                final.append(_first(x).float())
+                self._blocks_give_tuples = isinstance(x, tuple)
+
+            handle = self._parts.blocks[-1].register_forward_hook(note)
             stack.callback(handle.remove)
             self.run(self._pad((0,), [self._render(PROBES[0])]))
         stream = final[0].to(self.device)
@@ -733,6 +766,11 @@ class ChatModel:
                 f"{self.name}: something is written to the residual stream that cannot be hooked, so ablation would be "
                 "incomplete. Take a model of another family."
             )
+
+
+def _dated(template: str) -> str:
+    """The template with `DATE` where it asks for today's: activations and replies must not change overnight."""
+    return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", lambda asked: repr(DATE.strftime(asked[2])), template)
 
 
 NOT_ON_PAPER = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)

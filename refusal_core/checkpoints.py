@@ -17,6 +17,7 @@ from typing import Any
 import httpx2
 import huggingface_hub
 import jinja2
+import psutil
 import torch
 import transformers
 from huggingface_hub import constants as hub_constants
@@ -289,6 +290,27 @@ def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerFast:
 def gigabytes(n_bytes: int) -> str:
     """A size, to be said in a sentence."""
     return f"{n_bytes / 1e9:,.1f} GB"
+
+
+def remove_left_behind(parent: Path, name: str) -> None:
+    """Removes the unfinished folders in `parent` whose process is not there any more.
+
+    `name` is a regular expression for what they are called, whose group is the number of the process.
+    """
+    for folder in parent.iterdir():
+        match = re.fullmatch(name, folder.name)
+        if match and not _is_made_by(int(match[1]), folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_made_by(pid: int, folder: Path) -> bool:
+    """Whether process `pid` is there and can have made `folder`: a number is used again, by a younger process."""
+    try:
+        return psutil.Process(pid).create_time() <= folder.stat().st_mtime
+    except psutil.AccessDenied:
+        return True
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return False
 
 
 def first_line(error: BaseException) -> str:

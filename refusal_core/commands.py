@@ -243,13 +243,7 @@ def _export(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(finite(asdict(report)) | {"exact": report.exact}, allow_nan=False))
     else:
-        print(
-            f"{report.path}: {report.variant}, {report.edited} tensors edited. Over {report.n_prompts} prompts the logits "
-            f"differ from the hooks' by at most {report.max_logit_difference:.2e} "
-            f"({'exact up to rounding' if report.exact else 'an approximation'}), and {report.same_first_token:.0%} of the "
-            f"first tokens are the same. KL on harmless prompts {report.kl:.4f} nats (hooks {report.kl_of_hooks:.4f}); "
-            f"of the replies to harmful ones, {report.refusal}."
-        )
+        print(report.in_words)
     return 0
 
 

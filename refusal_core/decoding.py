@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,15 +23,31 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from refusal_core.checkpoints import ModelError
 from refusal_core.interventions import Row, RowEdits
 
 MOST_ROWS = 128
-"""How many rows share a step at most: what they need of memory is bounded by that."""
+"""How many rows share a step at most."""
+
+MOST_PADDED = 2**16
+"""So many positions of padding may be in a batch in any case, and as many as it has of others: what is shorter than the
+longest row costs as much memory and time."""
+
+SLICE = 2048
+"""A prompt is read in steps of about so many tokens, rows and positions, so that others get their turn in between."""
 
 PATIENCE = 0.05
 """For how many seconds a step waits for those who took part in the one before, at most; never longer than a step."""
+
+
+OF_KEYS = (DynamicLayer, DynamicSlidingWindowLayer)
+"""The caches of keys and values, and nothing else."""
+
+
+class StoppedError(Exception):
+    """Nobody wants the reply any more."""
 
 
 class Turns:
@@ -88,7 +104,7 @@ class _Shared:
     def can_be_cut(self) -> bool:
         """Whether every layer's cache is a tensor of keys and one of values, of all tokens or of a window of them, or a
         state of each row."""
-        return all(isinstance(layer, DynamicLayer | LinearAttentionLayer) for layer in self.cache.layers)
+        return all(type(layer) in (*OF_KEYS, LinearAttentionLayer) for layer in self.cache.layers)
 
     def select(self, index: list[int]) -> "_Shared":
         """These rows alone, without the positions that are padding to all of them."""
@@ -145,15 +161,25 @@ def _each_layer(
     return made
 
 
+def _keeps_keys(cache: Cache) -> bool:
+    """Whether what the cache has of a prompt is keys and values alone, so that its rest can be read on top of them."""
+    return all(type(layer) in OF_KEYS for layer in cache.layers)
+
+
 class Decoding:
     """The replies to one batch of prompts, advanced one token at a time. `close` it, so that nobody waits for it."""
 
     def __init__(
-        self, desk: "Desk", ids: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"], rows: list[Row]
+        self,
+        desk: "Desk",
+        ids: Int[Tensor, "row pos"],
+        mask: Int[Tensor, "row pos"],
+        rows: list[Row],
+        stop: threading.Event | None = None,
     ) -> None:
         self._desk = desk
         self.logits: Float[Tensor, "row d_vocab"]
-        self.shared, self.logits = desk.begin(ids, mask, rows)
+        self.shared, self.logits = desk.begin(ids, mask, rows, stop)
         self.seats = {row: row for row in range(len(rows))}
         self.failed = False
         desk.expect(self)
@@ -161,14 +187,14 @@ class Decoding:
     def step(self, tokens: Sequence[int | None]) -> None:
         """Appends one token to each row; `logits` then are those of the token after it.
 
-        None is for a row that has ended: it takes part no more, and its logits stay what they were. Raises RuntimeError
+        None is for a row that has ended: it takes part no more, and its logits stay what they were. Raises ModelError
         if a step that was shared with other replies has failed.
         """
         going_on = {row: token for row, token in enumerate(tokens) if token is not None and row in self.seats}
         if going_on and not self.failed:
             self._desk.step(self, going_on)
         if self.failed:
-            raise RuntimeError("A step that this reply shared with others failed: the log of the program says why.")
+            raise ModelError("A step that this reply shared with others failed, and the log says why: ask again.")
 
     def close(self) -> None:
         """Says that no more tokens will be asked for."""
@@ -182,6 +208,7 @@ def _seated(decodings: Sequence[Decoding]) -> _Shared:
         tables.setdefault(decoding.shared, []).append(decoding)
     parts = []
     for shared, members in tables.items():
+        members.sort(key=lambda d: min(d.seats.values(), default=0))  # as they sit: then nothing has to be copied
         rows = [seat for decoding in members for seat in decoding.seats.values()]
         parts.append(shared if rows == list(range(len(shared.rows))) else shared.select(rows))
     whole = _together(parts) if len(parts) > 1 else parts[0]
@@ -189,6 +216,14 @@ def _seated(decodings: Sequence[Decoding]) -> _Shared:
     for decoding in itertools.chain.from_iterable(tables.values()):
         decoding.shared, decoding.seats = whole, {row: next(seat) for row in decoding.seats}
     return whole
+
+
+def _fit(decodings: Mapping[Decoding, Mapping[int, int]]) -> bool:
+    """Whether these rows may share a step: not too many, nor much more padding than there are tokens."""
+    sizes = [(len(rows), decoding.shared.mask.shape[1]) for decoding, rows in decodings.items()]
+    n_rows, longest = sum(n for n, _ in sizes), max(length for _, length in sizes)
+    n_tokens = sum(n * length for n, length in sizes)
+    return n_rows <= MOST_ROWS and n_rows * longest <= 2 * n_tokens + MOST_PADDED
 
 
 class Desk:
@@ -207,12 +242,35 @@ class Desk:
         self._duration = 0.0
 
     def begin(
-        self, ids: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"], rows: list[Row]
+        self,
+        ids: Int[Tensor, "row pos"],
+        mask: Int[Tensor, "row pos"],
+        rows: list[Row],
+        stop: threading.Event | None = None,
     ) -> tuple[_Shared, Float[Tensor, "row d_vocab"]]:
-        """Reads prompts: their rows, and the logits of each reply's first token."""
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        with self._turns:
-            result = self._forward(RowEdits(rows), input_ids=ids, attention_mask=mask, position_ids=positions)
+        """Reads prompts: their rows, and the logits of each reply's first token.
+
+        Long ones in slices, where the cache allows it. Raises StoppedError between two of them once `stop` is set.
+        """
+        positions, edits = (mask.cumsum(-1) - 1).clamp(min=0), RowEdits(rows)
+        size, length = max(1, SLICE // len(rows)), ids.shape[1]
+        cache, start, end = None, 0, min(size, length)
+        while True:
+            if stop is not None and stop.is_set():
+                raise StoppedError
+            with self._turns:
+                result = self._forward(
+                    edits,
+                    input_ids=ids[:, start:end],
+                    attention_mask=mask[:, :end],
+                    position_ids=positions[:, start:end],
+                    past_key_values=cache,
+                )
+            if end == length:
+                break
+            cache = result.past_key_values if _keeps_keys(result.past_key_values) else None
+            # Another cache cannot be gone on with by more than a token: all at once then.
+            start, end = (0, length) if cache is None else (end, min(end + size, length))
         shared = _Shared(rows, result.past_key_values, mask, positions[:, -1:] + 1)
         return shared, result.logits[:, -1].float().cpu()
 
@@ -253,8 +311,8 @@ class Desk:
             self._news.wait_for(all_are_here, timeout=patience)
             taken = {first: self._waiting[first][0]}
             for other, (tokens, _) in self._waiting.items():
-                fits = sum(map(len, taken.values())) + len(tokens) <= MOST_ROWS
-                if other is not first and fits and first.shared.can_be_cut and other.shared.can_be_cut:
+                fits = other is not first and _fit({**taken, other: tokens})
+                if fits and first.shared.can_be_cut and other.shared.can_be_cut:
                     taken[other] = tokens
             return taken
 

@@ -29,6 +29,7 @@ import transformers
 from safetensors import SafetensorError
 
 from refusal_core.chat_model import ChatModel
+from refusal_core.checkpoints import remove_left_behind
 from refusal_core.directions import Direction, DirectionError
 from refusal_core.metrics import finite
 from refusal_core.prompts import CLASSES, PromptSet
@@ -82,22 +83,28 @@ def find_or_recall(
     seed: int = 0,
     stop: threading.Event | None = None,
 ) -> Iterator[Progress | Found]:
-    """As `find_direction`, but at once if the same search was made before; a new result is kept."""
+    """As `find_direction`, but at once if the same search was made before; a new result is kept.
+
+    A complete table, of which the choice is the same, is what is kept of both.
+    """
     drawn = prompts.draw(N_TRAIN, seed), validation.draw(N_VAL, seed)
-    folder = cache_folder() / _key(model, *drawn, by, refusal_tokens, complete)
-    with contextlib.suppress(DirectionError):
-        found = load_found(folder)
-        with contextlib.suppress(OSError):  # a cache that can only be read forgets what was used longest ago
-            os.utime(folder)
-        yield found
-        return
+    needed, whole = (cache_folder() / key for key in _keys(model, *drawn, by, refusal_tokens))
+    for folder in [whole] if complete else [needed, whole]:
+        with contextlib.suppress(DirectionError):
+            found = load_found(folder)
+            with contextlib.suppress(OSError):  # a cache that can only be read forgets what was used longest ago
+                os.utime(folder)
+            yield found
+            return
     search = find_direction(
         model, prompts, validation, by=by, refusal_tokens=refusal_tokens, complete=complete, seed=seed, stop=stop
     )
     for event in search:
         if isinstance(event, Found):
             with contextlib.suppress(*UNWRITTEN):  # a full or read-only disk costs the second start, not this result
-                _keep(event, folder)
+                _keep(event, whole if complete else needed)
+                if complete:
+                    shutil.rmtree(needed, ignore_errors=True)
         yield event
 
 
@@ -209,20 +216,17 @@ def _prompts(said: dict[str, Any]) -> PromptSet:
 # -- the cache -------------------------------------------------------------------------------------------------------
 
 
-def _key(
-    model: ChatModel,
-    train: PromptSet,
-    val: PromptSet,
-    by: By | None,
-    tokens: Sequence[int] | None,
-    complete: bool,
-) -> str:
+def _keys(
+    model: ChatModel, train: PromptSet, val: PromptSet, by: By | None, tokens: Sequence[int] | None
+) -> tuple[str, str]:
+    """The names of a search, and of the same with a complete table."""
     read = [[model.render(text) for text in texts] for s in (train, val) for texts in (s.harmful, s.harmless)]
     made_from = [
         _code_version(), model.name, model.revision, model.fingerprint, model.precision, model.device.type,
-        train.source, by, list(tokens or ()), complete, read,
+        train.source, by, list(tokens or ()), read,
     ]  # fmt: skip
-    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
+    needed, whole = (hashlib.sha256(json.dumps([*made_from, complete]).encode()) for complete in (False, True))
+    return needed.hexdigest()[:32], whole.hexdigest()[:32]
 
 
 @cache
@@ -237,7 +241,8 @@ def _code_version() -> str:
 def _keep(found: Found, folder: Path) -> None:
     """Puts what was found into the cache, whole or not at all, and makes room."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as made:
+    remove_left_behind(folder.parent, r"\.new-(\d+)-\w+")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".new-{os.getpid()}-") as made:
         save_found(found, Path(made) / "found")
         shutil.rmtree(folder, ignore_errors=True)
         (Path(made) / "found").rename(folder)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from refusal_core.chat_model import ChatModel, Conversation
-from refusal_core.decoding import Decoding
+from refusal_core.decoding import Decoding, StoppedError
 from refusal_core.interventions import Intervention, Row
 
 Ending = Literal["end", "length", "stopped", "filtered"]
@@ -67,7 +67,10 @@ def stream_side_by_side(
     if not conversations or (stop is not None and stop.is_set()):
         return
     limits = [min(max_new_tokens, model.n_ctx - len(model.render(c))) for c in conversations]
-    decoding = model.begin(conversations, rows)
+    try:
+        decoding = model.begin(conversations, rows, stop)
+    except StoppedError:
+        return
     try:
         yield from _steps(model, decoding, limits, temperature, noise, stop)
     finally:

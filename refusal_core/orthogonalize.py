@@ -31,7 +31,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-import psutil
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
@@ -40,7 +39,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from refusal_core.chat_model import ChatModel, ModelError
-from refusal_core.checkpoints import weights_in
+from refusal_core.checkpoints import remove_left_behind, weights_in
 from refusal_core.directions import Direction, project
 from refusal_core.interventions import Intervention
 from refusal_core.metrics import kl_divergence, refusal_probability
@@ -149,6 +148,17 @@ class ExportReport:
         return self.max_logit_difference < EXACT
 
     @property
+    def in_words(self) -> str:
+        """All of it in a few sentences."""
+        return (
+            f"{self.path}: {self.variant}, {self.edited} tensors edited. Over {self.n_prompts} prompts the logits differ "
+            f"from the hooks' by at most {self.max_logit_difference:.2e} "
+            f"({'exact up to rounding' if self.exact else 'an approximation'}), and {self.same_first_token:.0%} of the first "
+            f"tokens are the same. KL on harmless prompts {self.kl:.4f} nats (hooks {self.kl_of_hooks:.4f}); of the replies "
+            f"to harmful ones, {self.refusal}."
+        )
+
+    @property
     def refusal(self) -> str:
         """How many harmful prompts start like a refusal, in words."""
         if not self.refusal_tokens:
@@ -221,8 +231,7 @@ def _whole(path: Path) -> Iterator[Path]:
         raise ModelError(f"{path} exists already: name a new folder for the edited model.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in _left_behind(path):
-            shutil.rmtree(left, ignore_errors=True)
+        remove_left_behind(path.parent, re.escape(f".{path.name}-") + r"(\d+)-\w+\.part")
         made = path.parent / f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}.part"
         made.mkdir()
         try:
@@ -238,23 +247,6 @@ def _whole(path: Path) -> Iterator[Path]:
             shutil.rmtree(made, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be written ({error}): make room, or name another folder.") from error
-
-
-def _left_behind(path: Path) -> list[Path]:
-    """The unfinished folders of exports to `path` whose process is not there any more."""
-    unfinished = re.compile(re.escape(f".{path.name}-") + r"(\d+)-\w+\.part")
-    found = [(folder, match) for folder in path.parent.iterdir() if (match := unfinished.fullmatch(folder.name))]
-    return [folder for folder, match in found if not _is_from(int(match[1]), folder)]
-
-
-def _is_from(pid: int, folder: Path) -> bool:
-    """Whether process `pid` is there and can have made `folder`: a number is used again, by a younger process."""
-    try:
-        return psutil.Process(pid).create_time() <= folder.stat().st_mtime
-    except psutil.AccessDenied:
-        return True
-    except (psutil.NoSuchProcess, FileNotFoundError):
-        return False
 
 
 def _sync(path: Path) -> None:

@@ -11,6 +11,7 @@ kept in a temporary folder.
 
 import argparse
 import contextlib
+import gc
 import importlib.util
 import logging
 import math
@@ -31,7 +32,7 @@ from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from torch import Tensor
 
-from refusal_core.checkpoints import ModelError, first_line, gigabytes
+from refusal_core.checkpoints import ModelError, first_line, gigabytes, remove_left_behind
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -167,10 +168,7 @@ def offload_folder(told: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if device_map != "auto" and "disk" not in device_map.values():
         yield {**told}
         return
-    for left in Path(tempfile.gettempdir()).glob(f"{FOLDER}*-*"):
-        pid = left.name.removeprefix(FOLDER).split("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
+    remove_left_behind(Path(tempfile.gettempdir()), rf"{FOLDER}(\d+)-\w+")
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # that weights are on the disk is meant
     with tempfile.TemporaryDirectory(prefix=f"{FOLDER}{os.getpid()}-") as folder:
         yield {**told, "offload_folder": folder}
@@ -320,6 +318,10 @@ def _check_four_bit(kinds: set[str]) -> None:
 
 
 def _free(device: int | str) -> int:
+    # A model that nobody uses any more is a circle of references, and a GPU's memory is kept for later.
+    gc.collect()
+    if isinstance(device, int):
+        torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0] if isinstance(device, int) else _free_memory()
 
 

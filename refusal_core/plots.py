@@ -24,24 +24,26 @@ ROLES = {"harmful": ("#D55E00", "triangle-up", "diamond"), "harmless": ("#0072B2
 """Colour (in the light theme) and marker of each class, in 2-D and in 3-D: two cues, one of them may not be seen."""
 
 TITLES = {
-    "pca": ("PC1, toward refusing →", "PC2"),
-    "turned": ("PC1, toward refusing →", "PC2, PC3, turned", "PC3, PC2, turned"),
-    "along": ("along the direction, ‖r‖ = 1, toward refusing →", "main spread at right angles, ‖r‖ = 1"),
+    "pca": ("PC1, toward {} →", "PC2"),
+    "turned": ("PC1, toward {} →", "PC2, PC3, turned", "PC3, PC2, turned"),
+    "along": ("along the direction, ‖r‖ = 1, toward {} →", "main spread at right angles, ‖r‖ = 1"),
 }
-"""The axes of a map, by the name of what is on them."""
+"""The axes of a map, by the name of what is on them; {} is what the direction points at."""
 
 MARGIN = 1.08
 STEPS = 32_767
 """How finely a coordinate is sent: in so many steps from the centre to the edge of the axes."""
 
 
-def prompt_map(maps: Sequence[LayerMap], axes: str) -> go.Figure:
+def prompt_map(maps: Sequence[LayerMap], axes: str, toward: str) -> go.Figure:
     """The axes for the prompts of every layer, on the `TITLES` of `axes`, and a trace for each class without points.
+
+    `toward` is text that says what lies in the direction, “refusing”.
 
     Principal components are scaled layer by layer to the root-mean-square distance of the prompts from their centre:
     the stream grows, and on one scale the first layers would be a dot. A direction's own norm is one scale for all.
     """
-    titles = TITLES[axes]
+    titles = [title.format(html.escape(toward, quote=False)) for title in TITLES[axes]]
     drawn = [_drawn(m)[:, : len(titles)] for m in maps]
     low, high = (np.array([edge(d, axis=0) for d in drawn]) for edge in (np.min, np.max))
     ranges = _ranges(low.min(0), high.max(0), symmetric=axes != "along")
@@ -148,7 +150,10 @@ def writer_map(values: Float[np.ndarray, "layer part"], parts: Sequence[str], un
 
 def _heat(values: np.ndarray, reach: float, columns: list[str], unit: str, rows: str) -> go.Figure:
     hover = [
-        [f"{html.escape(column)}<br>layer {layer}: {value:+.3f}" for column, value in zip(columns, row, strict=True)]
+        [
+            f"{html.escape(column, quote=False)}<br>layer {layer}: {value:+.3f}"
+            for column, value in zip(columns, row, strict=True)
+        ]
         for layer, row in enumerate(values)
     ]
     figure = go.Figure(
@@ -165,7 +170,7 @@ def _heat(values: np.ndarray, reach: float, columns: list[str], unit: str, rows:
         )
     )
     figure.update_xaxes(
-        tickvals=list(range(len(columns))), ticktext=[html.escape(c.partition(": ")[2] or c) for c in columns],
+        tickvals=list(range(len(columns))), ticktext=[html.escape(c.partition(": ")[2] or c, quote=False) for c in columns],
         tickangle=-60 if max(map(len, columns)) > 3 else 0, showgrid=False, zeroline=False,
     )  # fmt: skip
     figure.update_yaxes(title=rows, dtick=max(1, len(values) // 12), showgrid=False, zeroline=False)

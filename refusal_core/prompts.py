@@ -37,6 +37,11 @@ class PromptError(ValueError):
     """A prompt or a list of prompts that cannot be used; the message says why and what to do."""
 
 
+def ends_of(classes: tuple[str, str]) -> tuple[str, str]:
+    """What lies at the two ends of the direction between two classes: refusing and answering for harmful and harmless."""
+    return ("refusing", "answering") if classes == CLASSES else classes
+
+
 @dataclass(frozen=True)
 class PromptSet:
     """Instructions of both classes, with each one's category, and the split and source they come from.

@@ -206,16 +206,18 @@ def _is_measured(score: CandidateScore) -> bool:
 
 
 _RELAXED: tuple[Rule, ...] = ("kl", "induce", "late", "layer")
-"""Which rule is rather relaxed, if only one is. Of several the first is the worst: it says what the model becomes."""
+"""The rules that can be relaxed. Of several the first is the worst: it says what the model becomes."""
 
 
-def _excesses(score: CandidateScore, broken: Sequence[Rule]) -> tuple[int, list[tuple[int, float]]]:
-    """How much a candidate needs relaxed: how many rules, then which and by how much, the worst one first."""
-    layer = float(score.layer)
-    amounts: dict[Rule, float] = {
-        "kl": score.kl or 0.0, "induce": -(score.induce or 0.0), "late": layer, "layer": layer,
-    }  # fmt: skip
-    return len(broken), sorted((_RELAXED.index(rule), amounts[rule]) for rule in broken)
+def _excesses(score: CandidateScore, broken: Sequence[Rule]) -> tuple[int, int, float, int]:
+    """How much a candidate needs relaxed: how many rules, how many of them about where it is read, and by how much.
+
+    KL counts in its limits above the limit, induce in log-odds below 0: a little of one is less than a lot of the other.
+    """
+    amounts = {"kl": (score.kl or 0.0) / KL_LIMIT - 1, "induce": -(score.induce or 0.0)}
+    about_place = [rule for rule in broken if rule not in amounts]
+    by = sum((amount for rule, amount in amounts.items() if rule in broken), 0.0)
+    return len(broken), len(about_place), by, score.layer if about_place else 0
 
 
 def _worst(broken: Sequence[Rule]) -> Rule:

@@ -54,6 +54,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-NeoX (parallel)": ("gpt_neox", {"use_parallel_residual": True}),
     "GPT-NeoX (sequential)": ("gpt_neox", {"use_parallel_residual": False}),
     "Granite": ("granite", {"residual_multiplier": 0.5, "embedding_multiplier": 3.0}),
+    "Falcon (parallel)": ("falcon", {"num_hidden_layers": 6, "multi_query": True, "ffn_hidden_size": 48}),
     "Cohere (parallel)": ("cohere", {}),
     "GLM 4": ("glm4", {"head_dim": 8}),
     "SmolLM 3": ("smollm3", {}),

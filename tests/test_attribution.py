@@ -9,6 +9,7 @@ from families import build
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from refusal_core import attribution
 from refusal_core.attribution import (
     Attribution,
     Patching,
@@ -32,6 +33,22 @@ def test_a_reading_is_the_stream_along_the_direction_at_every_layer_and_token(
     for reading, text in zip(read_along(model, [HARMFUL, "Hi"], direction), (HARMFUL, "Hi"), strict=True):
         assert_close(reading.along, plain.resid_pre(text) @ direction.unit, atol=1e-4, rtol=1e-4)
         assert "".join(reading.tokens) == plain.tokenizer.decode(plain.ids(text)[0])
+
+
+def test_a_text_too_long_for_all_its_layers_at_once_is_read_a_few_at_a_time(
+    model: ChatModel, direction: Direction, monkeypatch
+):
+    (whole,), (some,) = (
+        read_along(model, [HARMFUL], direction),
+        read_along(model, [HARMFUL], direction, layers=[1, 4, 5]),
+    )
+    monkeypatch.setattr(attribution, "MOST_READ", 3 * len(model.render(HARMFUL)) * model.d_model)
+    (piecewise,) = read_along(model, [HARMFUL], direction)
+    assert_close(piecewise.along, whole.along)
+    monkeypatch.setattr(attribution, "MOST_READ", 1)
+    (one_by_one,) = read_along(model, [HARMFUL], direction, layers=[1, 4, 5])
+    assert_close(one_by_one.along, some.along)
+    assert_close(some.along, whole.along[[1, 4, 5]])
 
 
 def test_a_reply_is_read_after_its_prompt(model: ChatModel, plain: Plain, direction: Direction):

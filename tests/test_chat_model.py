@@ -194,6 +194,13 @@ def test_a_thinking_model_is_read_behind_its_closed_thought(model: ChatModel, tm
     assert model.thinking == "never" and "thinking" not in model.description
 
 
+def test_what_a_template_says_of_the_date_is_the_same_every_day(tmp_path):
+    folder = shutil.copytree(ORGANISM, tmp_path / "dated")
+    (folder / "chat_template.jinja").write_text("Today is {{ strftime_now('%d %b %Y') }}.\n" + TURNS)
+    dated = ChatModel.load(folder, device="cpu")
+    assert dated.tokenizer.decode(dated.render("Hi")) == "Today is 26 Jul 2024.\n[user] Hi\n[assistant]"
+
+
 def edit_json(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 

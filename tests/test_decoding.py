@@ -9,7 +9,8 @@ import torch
 from conftest import HARMFUL, HARMLESS, counting_steps, step_together
 from torch.testing import assert_close
 
-from refusal_core.chat_model import ChatModel
+from refusal_core import decoding
+from refusal_core.chat_model import ChatModel, ModelError
 from refusal_core.decoding import Turns
 from refusal_core.directions import Direction
 from refusal_core.generation import stream_side_by_side
@@ -93,6 +94,64 @@ def test_somebody_who_has_not_come_back_is_not_waited_for(model: ChatModel, dire
     suspended.close()
 
 
+def test_between_the_slices_of_a_long_prompt_others_get_their_turn_and_it_can_be_stopped(
+    model: ChatModel, direction: Direction, monkeypatch
+):
+    long, stop = "Tell me about bread. " * 60, threading.Event()
+    expected = texts_of(model, direction, HARMLESS)
+    other = model.begin([HARMLESS] * 3, rows_of(direction))
+    monkeypatch.setattr(decoding, "SLICE", 48)
+    read: list[int] = []
+
+    def while_it_is_read(module, args, kwargs):
+        read.append(kwargs["input_ids"].shape[1])
+        if len(read) == 3:
+            stop.set()
+
+    handle = model._model.register_forward_pre_hook(while_it_is_read, with_kwargs=True)
+    assert list(stream_side_by_side(model, [long] * 3, rows_of(direction), stop=stop)) == []
+    handle.remove()
+    assert read == [16] * 3, "no further slice is read"
+    with ThreadPoolExecutor(1) as visitors, counting_steps(model) as sizes:
+        reading = visitors.submit(model.begin, [long] * 3, rows_of(direction))
+        while not reading.done():
+            other.step([5, 6, 7])
+        assert len(sizes) > 10
+    other.close()
+    assert texts_of(model, direction, HARMLESS) == expected
+
+
+def test_what_is_much_shorter_does_not_share_a_step_that_would_be_padding_and_little_else(
+    model: ChatModel, direction: Direction, monkeypatch
+):
+    long, *short = (model.begin([talk] * 3, rows_of(direction)) for talk in ("Bread and butter. " * 70, *TALKS[2:]))
+    monkeypatch.setattr(decoding, "MOST_PADDED", 0)
+    with counting_steps(model) as sizes:
+        step_together(model, [(one, [5, 6, 7]) for one in (long, *short)])
+    assert sum(sizes) == 15 and len(sizes) == 2, "some of them had to wait"
+    assert len(long.shared.rows) <= 6, "as many rows of padding as there are others"
+
+
+def test_rows_that_stay_together_are_copied_in_no_order_of_arrival(model: ChatModel, direction: Direction):
+    first, second = (model.begin([talk] * 3, rows_of(direction)) for talk in TALKS[:2])
+    step_together(model, [(first, [5, 6, 7]), (second, [5, 6, 7])])
+    table = first.shared
+    assert table is second.shared
+    assert decoding._seated([second, first]) is decoding._seated([first, second]) is table
+
+
+def test_a_step_for_which_there_is_no_memory_is_one_sentence(model: ChatModel, direction: Direction):
+    def fills(module, inputs, output):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    handle = model._model.register_forward_hook(fills)
+    try:
+        with pytest.raises(ModelError, match=r"not enough memory beside embedded model .*: shorten the prompt"):
+            model.begin([HARMFUL])
+    finally:
+        handle.remove()
+
+
 def test_a_failure_is_told_to_everybody_in_the_step_and_to_nobody_else(model: ChatModel, direction: Direction):
     mine, yours, theirs = (model.begin([talk] * 3, rows_of(direction)) for talk in TALKS[:3])
 
@@ -102,8 +161,8 @@ def test_a_failure_is_told_to_everybody_in_the_step_and_to_nobody_else(model: Ch
     handle = model._model.register_forward_hook(breaks)
     errors = step_together(model, [(mine, [5, 6, 7]), (yours, [5, 6, 7])])
     handle.remove()
-    assert sorted(type(e).__name__ for e in errors) == ["MemoryError", "RuntimeError"]
-    with pytest.raises(RuntimeError, match="failed"):
+    assert sorted(type(e).__name__ for e in errors) == ["MemoryError", "ModelError"]
+    with pytest.raises(ModelError, match="failed"):
         mine.step([5, 6, 7])
     theirs.step([5, 6, 7])
     assert texts_of(model, direction, HARMLESS), "and the model goes on"

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextDecoderLayer
 
-from refusal_core import chat_model
+from refusal_core import chat_model, decoding
 from refusal_core.chat_model import ChatModel, Decoding, ModelError
 from refusal_core.directions import Direction, Source
 from refusal_core.interventions import Intervention
@@ -159,15 +159,34 @@ def test_decoding_with_a_cache_is_reading_the_longer_text(family):
     _, model, _ = family
     rows = [(), (Intervention(direction_of(model), "ablate"),)]
     prompts = [PROMPTS[0], PROMPTS[2]]
-    decoding = model.begin(prompts, rows)
-    assert isinstance(decoding, Decoding)
+    reply = model.begin(prompts, rows)
+    assert isinstance(reply, Decoding)
     said: list[list[int]] = [[], []]
     for _ in range(3):
-        chosen = decoding.logits.argmax(-1).tolist()
-        said = [[*reply, token] for reply, token in zip(said, chosen, strict=True)]
-        decoding.step(chosen)
+        chosen = reply.logits.argmax(-1).tolist()
+        said = [[*tokens, token] for tokens, token in zip(said, chosen, strict=True)]
+        reply.step(chosen)
     whole = model.run(model.continued(prompts, said), rows)
-    assert_close(decoding.logits, whole.logits, atol=5e-4, rtol=1e-3)
+    assert_close(reply.logits, whole.logits, atol=5e-4, rtol=1e-3)
+
+
+def test_a_prompt_read_in_slices_is_that_read_at_once(family, monkeypatch):
+    _, model, _ = family
+    prompts, rows = [PROMPTS[0], PROMPTS[2]], [(), (Intervention(direction_of(model), "add"),)]
+    read = []
+    handle = model._model.register_forward_pre_hook(
+        lambda m, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    whole = model.begin(prompts, rows)
+    monkeypatch.setattr(decoding, "SLICE", 10)
+    sliced = model.begin(prompts, rows)
+    handle.remove()
+    length, *slices = read
+    assert slices[0] == 5 and (sum(slices) == length or slices == [5, length])
+    for said in ([5, 6], [7, 8]):
+        assert_close(sliced.logits, whole.logits, atol=5e-4, rtol=1e-3)
+        for one in (sliced, whole):
+            one.step(said)
 
 
 def test_replies_that_share_a_step_are_what_each_is_alone(family):

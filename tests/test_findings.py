@@ -3,6 +3,9 @@
 import errno
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import fields, replace
 
 import pytest
@@ -107,6 +110,25 @@ def test_the_same_search_is_made_once_and_another_anew(model: ChatModel, found: 
     recall(model)
     assert len(searches) == 5, "another template is another prompt"
     monkeypatch.undo()
+
+
+def test_a_complete_table_serves_whoever_wants_less_of_it_and_is_kept_alone(model: ChatModel, searches, tmp_path):
+    recall(model)
+    recall(model, complete=True)
+    assert len(searches) == 2 and len(list((tmp_path / "cache").iterdir())) == 1
+    recall(model)
+    recall(model, complete=True)
+    assert len(searches) == 2
+
+
+def test_what_a_killed_process_was_writing_is_removed_and_what_a_living_one_writes_is_not(model, searches, tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, others = (tmp_path / "cache" / f".new-{pid}-abc" for pid in (ended.pid, os.getppid()))
+    left.mkdir(parents=True)
+    others.mkdir()
+    recall(model)
+    assert not left.exists() and others.exists()
 
 
 def test_a_broken_entry_is_searched_anew_and_the_oldest_make_room(model: ChatModel, searches, tmp_path, monkeypatch):

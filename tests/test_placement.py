@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -186,6 +187,16 @@ def test_what_a_killed_process_has_left_is_removed_and_that_of_a_living_one_is_n
     others.mkdir()
     ChatModel.load(llama, device={"": "disk"})
     assert not left.exists() and others.exists()
+
+
+def test_a_model_that_nobody_uses_any_more_does_not_count_as_memory_in_use(llama):
+    gone = weakref.ref(ChatModel.load(llama, device="cpu")._model)
+    gc.disable()
+    try:
+        ChatModel.load(llama, device="cpu")
+    finally:
+        gc.enable()
+    assert gone() is None
 
 
 def test_what_reads_weights_waits_for_the_step_in_hand_whose_weights_it_would_take_away(llama):

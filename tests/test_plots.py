@@ -41,7 +41,7 @@ def unpacked(packed: dict, role: str, n: int, n_layers: int = 3) -> np.ndarray:
 
 @pytest.mark.parametrize("axes", list(TITLES))
 def test_packed_points_are_those_of_the_layers_in_their_units_within_a_step_and_within_the_axes(maps, axes):
-    packed, layout = json.loads(json.dumps(points_of(maps, axes))), prompt_map(maps, axes).layout
+    packed, layout = json.loads(json.dumps(points_of(maps, axes))), prompt_map(maps, axes, "refusing").layout
     ranges = [
         (layout.scene if axes == "turned" else layout)[f"{name}axis"].range for name in "xyz"[: len(TITLES[axes])]
     ]
@@ -67,16 +67,20 @@ def test_a_star_lies_where_a_prompt_with_its_activations_lies(maps):
 
 
 def test_axes_without_a_sign_are_drawn_around_0_and_those_of_a_direction_as_far_as_there_are_prompts(maps):
-    low, high = prompt_map(maps, "pca").layout.xaxis.range
+    low, high = prompt_map(maps, "pca", "refusing").layout.xaxis.range
     assert low == -high
     right = [replace(m, harmful=np.abs(m.harmful), harmless=np.abs(m.harmless)) for m in maps]
-    low, high = prompt_map(right, "along").layout.xaxis.range
+    low, high = prompt_map(right, "along", "refusing").layout.xaxis.range
     assert -0.1 * high < low < 0
-    assert prompt_map(maps[:1], "pca").layout.xaxis.range == (-1, 1), "a range of no width cannot be drawn"
+    assert prompt_map(maps[:1], "pca", "refusing").layout.xaxis.range == (-1, 1), "a range of no width cannot be drawn"
 
 
 def test_the_classes_differ_by_more_than_colour(maps):
-    for figure in (prompt_map(maps, "pca"), prompt_map(maps, "turned"), umap_map(np.ones((2, 2)), np.ones((3, 2)))):
+    for figure in (
+        prompt_map(maps, "pca", "refusing"),
+        prompt_map(maps, "turned", "refusing"),
+        umap_map(np.ones((2, 2)), np.ones((3, 2))),
+    ):
         assert [trace.meta["role"] for trace in figure.data] == list(ROLES)
         assert len({t.marker.symbol for t in figure.data}) == len({t.marker.color for t in figure.data}) == 2
 
@@ -89,7 +93,7 @@ def test_separation_leaves_out_layers_without_anything_to_see(maps):
 
 
 def test_figures_are_plain_json(maps):
-    for figure in (prompt_map(maps, "turned"), separation_by_layer(maps, 1)):
+    for figure in (prompt_map(maps, "turned", "refusing"), separation_by_layer(maps, 1)):
         assert json.loads(figure.to_json())["data"]
 
 

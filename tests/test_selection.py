@@ -197,6 +197,9 @@ def test_of_several_broken_rules_all_count_and_the_worst_is_named():
     lower, upper = made(-1, 8, kl=0.2, bypass=-1.0), made(-2, 9, kl=0.2, bypass=-9.0)
     assert choose([upper, lower], n_layers=10).chosen == lower, "of the same kl the lower layer"
     assert choose([made(-1, 9, induce=-1.0)], n_layers=10).relaxed == "induce"
+    gibberish, weak = made(-1, 3, kl=8.0), made(-2, 3, induce=-0.05)
+    assert choose([gibberish, weak], n_layers=10).chosen == weak, "a little of one rule is less than a lot of another"
+    assert choose([made(-1, 3, kl=0.11), made(-2, 3, induce=-3.0)], n_layers=10).relaxed == "kl"
 
 
 def test_refusal_tokens_are_those_most_raised():

@@ -27,13 +27,14 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, BrowserType, Locator, Page, expect, sync_playwright
 
-from refusal_core.chat_model import ORGANISM, ModelError
+from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import DirectionError, random_like
 from refusal_core.generation import stream_side_by_side
 from refusal_core.interventions import Intervention
+from refusal_core.metrics import judge
 from refusal_core.prompts import PromptError
 from refusal_core.ui.engine import EMBEDDED, Engine, Engines, Ready
-from refusal_core.ui.measure import Wish
+from refusal_core.ui.measure import Wish, written
 from refusal_core.ui.page import FORGOTTEN, RELOAD, Handlers, Visit
 from refusal_core.ui.server import MAX_BODY
 from refusal_core.ui.talk import (
@@ -243,12 +244,12 @@ def test_a_random_direction_of_the_same_size_is_a_pane_and_does_little(ready):
 
 
 @pytest.mark.parametrize(
-    "forged", [{"n": 4}, {"n": 101}, {"n": "40"}, {"n": 2.5}, {"max_new_tokens": 0}, {"run": None}]
+    "forged", [{"n": 4}, {"n": 101}, {"n": "40"}, {"n": 2.5}, {"max_new_tokens": 0}, {"run": None}, {"rules": "x"}]
 )
 def test_a_forged_measurement_is_refused_with_a_sentence(forged):
     sent = {"run": 1, "n": 10, "max_new_tokens": 8}
     assert Wish.read(sent, 64) == Wish(1, 10, 8)
-    with pytest.raises(PromptError, match="a whole number from"):
+    with pytest.raises(PromptError, match=r"a whole number from|There is no judge 'x': take one of paper, default"):
         Wish.read(sent | forged, 64)
 
 
@@ -1157,6 +1158,7 @@ def test_rates_and_curves_are_measured_with_transcripts_and_files(tab, ready, tm
     expect(added).to_contain_text("refused 100.0 %")
     added.click()
     expect(tab.locator(".transcripts li")).to_have_count(6)
+    assert not serious_faults(tab)
     assert set(tab.locator(".transcripts .tag").all_inner_texts()) == {"refused"}
     expect(tab.locator("[data-figure='add refusal'] .main-svg").first).to_be_visible(timeout=60_000)
     saved = {}
@@ -1170,14 +1172,24 @@ def test_rates_and_curves_are_measured_with_transcripts_and_files(tab, ready, tm
     assert measured["direction"]["layer"] == ready.direction.source.layer
     assert len(measured["completions"]) == 4 * 12 and len(measured["curves"]["add"]["random_refusal"]) == 5
     assert (
-        saved["CSV"].splitlines()[0].startswith("class,row,n,refused") and len(saved["CSV"].splitlines()) == 9 + 11 + 21
+        saved["CSV"].startswith("class,row,strength,n,refused") and len(saved["CSV"].splitlines()) == 9 + 11 + 11 + 21
     )
     assert len({line.count(",") for line in saved["CSV"].splitlines()}) == 1, "a cell for every column"
     table = list(csv.DictReader(saved["CSV"].splitlines()))
     assert {row["row"] for row in table} == {"unchanged", "direction removed", "direction added"}
     assert [float(row["strength"]) for row in table[:8]] == [0, 1, -1, 1] * 2
+    words = {"class", "row", "model", "revision", "weights", "dtype", "direction", "mark", "prompts", "judge"}
     for row in table:
-        assert all(float(value) is not None for name, value in row.items() if name not in ("class", "row") and value)
+        assert all(float(value) is not None for name, value in row.items() if name not in words and value)
+        assert row["direction"] == ready.digest and row["judge"] == "default" and row["mark"] == "passed every rule"
+        low, *_, high = (float(row[name] or 0) for name in ("random_low", "random_high"))
+        assert low <= high
+    starts = [float(row["starts_like_refusal"]) for row in table if row["starts_like_refusal"]]
+    assert starts == [
+        *measured["curves"]["ablate"]["refusal"],
+        *measured["curves"]["damage"]["refusal"],
+        *measured["curves"]["add"]["refusal"],
+    ]
     assert len(measured["curves"]["damage"]["cross_entropy"]) == 11 == len(measured["curves"]["damage"]["repetition"])
     assert not [name for curve in measured["curves"].values() for name in curve if name.endswith("_figure")]
     assert (
@@ -1202,8 +1214,41 @@ def test_measuring_can_be_cancelled(tab):
     tab.get_by_role("button", name="Measure", exact=True).click()
     expect(tab.locator("#measure [data-measuring]")).to_contain_text("completing prompts", timeout=30_000)
     tab.get_by_role("button", name="Cancel").click()
-    expect(tab.get_by_role("button", name="Measure", exact=True)).to_be_enabled(timeout=15_000)
-    expect(tab.locator(".rate")).to_have_count(0)
+    expect(tab.locator("#measure [data-measuring]")).to_have_text("Cancelled.")
+    start = tab.get_by_role("button", name="Measure", exact=True)
+    expect(start).to_have_attribute("aria-disabled", "false")
+    tab.get_by_label("test prompts of each class").fill("5")
+    tab.locator("#measure [data-length]").fill("2")
+    tab.get_by_label("judged by").select_option("paper")
+    start.click()
+    expect(tab.locator(".rate")).to_have_count(8, timeout=60_000)
+    expect(tab.locator(".rate").first).to_contain_text("n 5")
+    expect(tab.locator("[data-made]")).to_contain_text("judged by the paper’s phrases")
+
+
+def test_the_removal_is_written_into_weights_and_what_that_is_said(tab, tmp_path):
+    open_measure(tab)
+    write, said, error = (tab.locator(f"[data-{name}]") for name in ("write", "written", "write-error"))
+    write.get_by_role("button").click()
+    expect(error).to_have_text("The edited model needs a place: name a new folder for it.")
+    folder = tmp_path / "edited"
+    tab.get_by_label("into the new folder").fill(str(folder))
+    tab.get_by_label("into the new folder").press("Enter")
+    expect(said).to_contain_text(f"{folder}: ablation,", timeout=60_000)
+    expect(said).to_contain_text("exact up to rounding")
+    expect(error).to_be_hidden()
+    edited = ChatModel.load(folder, device="cpu")
+    *_, step = stream_side_by_side(edited, ["How do I rob a bank?"], [None], max_new_tokens=12)
+    assert judge(step.texts[0]).label == "answered"
+    write.get_by_role("button").click()
+    expect(error).to_contain_text("exists already")
+    expect(said).to_be_empty()
+
+
+def test_where_others_can_open_the_page_no_weights_are_written(ready, tmp_path):
+    with pytest.raises(ModelError, match="no edited weights are written"):
+        written(ready, str(tmp_path / "edited"), local=False)
+    assert not list(tmp_path.iterdir())
 
 
 def open_inside(tab: Page) -> None:
@@ -1243,6 +1288,15 @@ def test_nothing_is_wider_than_the_screen(chromium, app, width):
     tab.context.close()
 
 
+def serious_faults(tab: Page) -> list[tuple[str, list[str]]]:
+    """What axe finds, with the first nodes that have it."""
+    return [
+        (fault["id"], [node["html"][:120] for node in fault["nodes"][:3]])
+        for fault in Axe().run(tab).response["violations"]
+        if fault["impact"] in ("serious", "critical")
+    ]
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1366, "light"), (820, "dark"), (360, "light")])
 def test_no_tab_has_a_serious_fault_of_accessibility(chromium, app, width, scheme):
     tab, _ = open_tab(chromium, app, width=width, height=860, scheme=scheme)
@@ -1251,12 +1305,7 @@ def test_no_tab_has_a_serious_fault_of_accessibility(chromium, app, width, schem
     faults = []
     for name in ("Talk", *OPENERS):
         OPENERS.get(name, idle)(tab)
-        found = Axe().run(tab).response["violations"]
-        faults += [
-            (name, fault["id"], [node["html"][:120] for node in fault["nodes"][:3]])
-            for fault in found
-            if fault["impact"] in ("serious", "critical")
-        ]
+        faults += [(name, *fault) for fault in serious_faults(tab)]
     tab.context.close()
     assert not faults
 
@@ -1474,11 +1523,18 @@ def test_another_model_can_be_loaded_and_the_old_one_stays_until_then(chromium, 
     expect(tab.locator(".turn .words")).to_have_text([OPENING])
     idle(tab)
     assert all(replies(tab))
+    tab.get_by_role("button", name="Understood").click()
+    expect(tab.locator("[data-demo]")).to_be_hidden()
+    expect(tab.locator("[data-model]")).to_be_focused()
     expect(other.locator("[data-model]")).not_to_contain_text(str(folder))
+    expect(other.locator("[data-demo]")).to_be_hidden()  # it is of models that are no toys
     other.context.close()
     tab.locator("[data-model]").click()
     tab.get_by_role("button", name="embedded model").click()
     expect(tab.locator("[data-model]")).to_contain_text("embedded model")
+    load(folder)
+    expect(tab.locator("[data-model]")).to_contain_text(str(folder))
+    expect(tab.locator("[data-demo]")).to_be_hidden()  # said once
 
 
 def test_a_page_that_is_older_than_the_app_says_so_and_keeps_what_it_shows(chromium, tmp_path):

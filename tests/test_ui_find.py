@@ -465,10 +465,10 @@ def fails(*args):
     raise RuntimeError("nobody expected this")
     yield
 
-page.Handlers.fill_map = page.Handlers.load_model = fails
+page.Handlers.fill_map = page.Handlers.load_model = page.Handlers.read_inside = fails
 sys.exit(server.main())
 """
-"""The app, in which every cell that is measured, and every model that is loaded, fails."""
+"""The app, in which every cell that is measured, every reading and every model that is loaded fails."""
 
 
 @pytest.fixture
@@ -490,11 +490,32 @@ def test_a_failure_nobody_expected_is_said_and_the_button_can_be_pressed_again(c
         expect(fill).to_have_attribute("aria-disabled", "false")
         tab.wait_for_timeout(500)
         expect(tab.locator("#find [data-error]")).to_be_visible()  # nothing that comes later replaces it
+    tab.get_by_role("tab", name="Inside").click()
+    for _ in range(2):
+        expect(tab.locator("#inside [data-error]")).to_have_text(FAILURE)
+        tab.locator("#inside [data-first]").fill("Hi")
+        tab.get_by_role("button", name="Read").click()
     tab.locator("[data-model]").click()
     tab.locator("#other-model").fill("another")
     tab.locator("#other-model").press("Enter")
     expect(tab.locator("[data-failed]")).to_have_text(FAILURE)
     tab.context.close()
+
+
+def test_how_far_cells_are_measured_is_said_of_the_table_that_they_are_of(engine, ready, monkeypatch):
+    def fill(_: Engine):
+        yield Progress("scoring", 1, 2)
+
+    monkeypatch.setattr(Engine, "fill", fill)
+    first, last = Handlers(Engines(engine, [], any_model=True), Stops(), 64).fill_map(Visit())
+    assert first["filling"] == ["scoring", 1, 2] and last["filled"]
+    assert first["table"] == last["table"] == find_view(ready, ready.found)["table"]
+    others = (
+        replace(ready.found, refusal_tokens=(5,), refusal_shares=(0.5,)),
+        replace(ready.found, prompts=PromptSet(BAD, GOOD)),
+    )
+    tables = {find_view(replace(ready, found=found), found)["table"] for found in (ready.found, *others)}
+    assert len(tables) == 3, "other tokens and other prompts have a table of their own"
 
 
 @pytest.mark.parametrize("error", [PromptError, ModelError, DirectionError])
@@ -621,7 +642,7 @@ def test_two_other_classes_give_a_direction_that_says_it_is_not_about_refusal(ta
         )
         assert "<i>question" in hover and "<i>&lt;b&gt;order" in hover
         for words in (hover, text_of(tab, "#map")):
-            assert not re.search("harmful|harmless", words), words
+            assert not re.search("harmful|harmless|refusing", words), words
     tab.get_by_role("tab", name="Inside").click()
     expect(tab.locator("#inside .toward.harmful")).to_have_text("▲ toward question")
     assert not re.search("harmful|harmless", text_of(tab, "#inside"))

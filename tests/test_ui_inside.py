@@ -81,16 +81,45 @@ def test_labels_of_tokens_do_not_run_into_each_other_on_a_phone_and_the_last_is_
 
 
 def test_the_first_pass_is_shown_before_the_exact_effects_of_the_largest(ready):
-    views = [v for v in writers_view(ready, Stops().begin("a", 0), every=False) if "top" in v]
+    views = [v for v in writers_view(ready, Stops().begin("a", 0), every=False) if v.get("patched")]
     first, last = views
-    assert [exact for _, _, exact in first["top"]] == [None] * 8
-    assert all(exact is not None for _, _, exact in last["top"]) and last["measured"]
-    assert {name for name, _, _ in first["top"]} == {name for name, _, _ in last["top"]}
+    assert [exact for _, _, exact in first["patched"]["top"]] == [None] * 8
+    assert all(exact is not None for _, _, exact in last["patched"]["top"]) and last["measured"]
+    assert {name for name, _, _ in first["patched"]["top"]} == {name for name, _, _ in last["patched"]["top"]}
     *_, every = writers_view(ready, Stops().begin("a", 1), every=True)
-    assert sorted(name for name, _, _ in every["top"]) == sorted(ready.model.writers)
-    exact = [abs(effect) for _, _, effect in every["top"]]
+    assert sorted(name for name, _, _ in every["patched"]["top"]) == sorted(ready.model.writers)
+    exact = [abs(effect) for _, _, effect in every["patched"]["top"]]
     assert exact == sorted(exact, reverse=True)
-    assert {name: effect for name, _, effect in last["top"]}.items() <= {n: e for n, _, e in every["top"]}.items()
+    assert {name: effect for name, _, effect in last["patched"]["top"]}.items() <= {
+        n: e for n, _, e in every["patched"]["top"]
+    }.items()
+
+
+def test_without_refusal_tokens_only_what_the_parts_write_is_measured(ready):
+    mute = replace(ready, found=replace(ready.found, refusal_tokens=(), refusal_shares=()))
+    *_, last = writers_view(mute, Stops().begin("a", 0), every=True)
+    assert last["patched"] is None and last["measured"] and last["below"] == pytest.approx(1, abs=0.01)
+
+
+def test_measuring_the_parts_can_be_cancelled_and_begun_again(tab):
+    open_inside(tab)
+    expect(tab.locator(".readings figcaption")).to_have_count(3)
+    measure, every, said = (tab.locator(f"#inside [data-{name}]") for name in ("measure", "every", "measuring"))
+    measure.click()
+    expect(every).to_have_attribute("aria-disabled", "false", timeout=60_000)
+    every.click()
+    expect(every).to_have_attribute("aria-disabled", "true")
+    cancel = tab.locator("#inside").get_by_role("button", name="Cancel")
+    cancel.press("Enter")
+    expect(said).to_have_text("Cancelled.")
+    expect(measure).to_be_focused()
+    expect(cancel).to_be_hidden()
+    tab.wait_for_timeout(500)
+    expect(said).to_have_text("Cancelled.")  # what was on its way is not shown
+    measure.click()
+    expect(tab.locator("[data-top] tr")).to_have_count(8)
+    expect(measure).to_have_attribute("aria-disabled", "false", timeout=60_000)
+    expect(said).to_be_empty()
 
 
 def test_a_removal_confined_to_some_parts_is_that_of_the_library_and_the_others_stay(ready):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 from test_ui import (
     WIDER,
     App,
@@ -350,6 +350,23 @@ def test_what_is_drawn_around_is_listed_by_class_and_stays_listed_in_other_layer
     assert tab.locator("[data-go]").get_attribute("data-text") in texts[0]
     tab.get_by_role("button", name="Clear").click()
     expect(tab.locator("[data-list]")).to_be_hidden()
+
+
+def test_axes_that_are_left_before_they_arrive_leave_the_map_as_it_is_and_can_be_had_again(tab):
+    open_map(tab)
+    held: list[Route] = []
+    tab.route("**/queue/join*", lambda route: held.append(route))
+    tab.locator("[data-axes]").select_option("along")
+    expect(tab.locator(".map-body")).to_have_attribute("aria-busy", "true")
+    tab.locator("[data-axes]").select_option("pca")
+    expect(tab.locator(".map-body")).to_have_attribute("aria-busy", "false")
+    for route in held:
+        route.continue_()
+    tab.unroute("**/queue/join*")
+    tab.wait_for_timeout(1000)
+    expect(tab.locator("[data-map]")).to_contain_text("PC2")
+    choose_axes(tab, "along")
+    expect(tab.locator("[data-map]")).to_contain_text("along the direction")
 
 
 def test_in_3_d_the_view_is_kept_and_can_be_turned_without_a_mouse_and_no_canvas_is_left_behind(tab):

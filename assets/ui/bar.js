@@ -55,6 +55,7 @@ function drawReady(view) {
   find('.facts').hidden = view.state === 'waiting';
   all('[data-ready]').forEach((node) => { node.hidden = view.state !== 'ready'; });
   find('[data-toy]').hidden = !(view.state === 'ready' && view.model.organism);
+  find('[data-demo]').hidden = view.state !== 'ready' || view.model.organism || localStorage.getItem('demo') === 'seen';
   find('[data-meaning-of]').hidden = true;
   if (view.state !== 'ready') return;
   const { model, direction } = view;
@@ -236,6 +237,11 @@ element.addEventListener('keydown', (key) => {
 find('[data-other]').addEventListener('submit', (submit) => {
   submit.preventDefault();
   load(find('#other-model').value);
+});
+find('[data-demo-seen]').addEventListener('click', () => {
+  localStorage.setItem('demo', 'seen');
+  handOn([find('[data-demo]')], find('[data-model]'));
+  find('[data-demo]').hidden = true;
 });
 window.addEventListener('hashchange', () => location.reload()); // a link put into the address of the open page
 find('[data-cancel-load]').addEventListener('click', () => trigger('cancel_load', {}));

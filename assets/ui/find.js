@@ -148,9 +148,9 @@ function drawFilling() {
 function draw() {
   const next = props.value || {};
   if (next.filling || next.filled) {
-    const mine = view && next.model === view.model;
-    filling = mine && next.filling ? next.filling : null;
-    if (view) drawFilling();
+    if (!view || (next.table !== undefined && next.table !== view.table)) return; // of candidates that are not shown any more
+    filling = next.filling || null;
+    drawFilling();
     if (next.error) drawError(next.error); // the candidates as they stand would say that there is none
     else if (next.filled) trigger('show', {});
     return;
@@ -159,7 +159,7 @@ function draw() {
     if (next.error) drawError(next.error);
     return;
   }
-  if (view && view.model !== next.model) filling = null;
+  if (view && view.table !== next.table) filling = null;
   view = next;
   find('[data-idle]').hidden = true;
   find('.find-body').hidden = false;

@@ -7,6 +7,7 @@ let dirty = false; // something has changed since the maps were read
 let run = 0; // number of the reading on its way
 let measures = 0;
 let inUse = ''; // the direction of the bar
+let readOf = ''; // that of the reading on its way
 let chosen = new Set(); // parts by name
 let wide = 0; // how wide the tab was when its maps were drawn; 0 while it is not in sight
 const [SLANTED, UPRIGHT] = [16, 13]; // px from one label of a map to the next, at least
@@ -76,9 +77,9 @@ function drawChosen() {
   find('[data-put]').disabled = !list.value;
 }
 
-/** A change of the refusal score with a sign that can be read; what is lost is negative. */
-function change(effect) {
-  return effect === null ? '…' : `${effect >= 0 ? '−' : '+'}${Math.abs(effect).toFixed(2)}`;
+/** A fall of the refusal score, with a sign that can be read. */
+function fall(effect) {
+  return effect === null ? '…' : `${effect < 0 ? '−' : '+'}${Math.abs(effect).toFixed(2)}`;
 }
 
 /** Keeps the nodes of maps that stay, so that Plotly draws into what it knows. */
@@ -113,30 +114,36 @@ function drawWords() {
 }
 
 function drawWriters() {
+  const patched = writers && writers.patched;
   find('[data-writers]').hidden = !writers;
-  find('[data-every]').hidden = !writers;
+  find('[data-every]').hidden = !patched;
   if (!writers) return;
   const share = `${Math.round(100 * writers.below)} %`;
   find('[data-writers-meaning]').textContent = `What is written below layer ${writers.layer}, where the direction is read, adds up to ${share} of it there. `
-    + `${writers.heads ? '' : 'In this model heads cannot be told apart: what is written is no plain sum over them. '}`
-    + `Patched: over ${writers.n_pairs} pairs, each part of a run on a prompt of the class “${writers.classes[0]}” does at the template’s tokens what it did for one of “${writers.classes[1]}”; `
-    + `everything together would take the refusal score from ${writers.scores[0].toFixed(1)} to ${writers.scores[1].toFixed(1)}. `.replaceAll('-', '−')
-    + 'The first pass has all parts at once, from one gradient, and is right for small changes only: it can miss a part. The exact numbers are of one part patched at a time.';
+    + (writers.heads ? '' : 'In this model heads cannot be told apart: what is written is no plain sum over them. ')
+    + (patched ? patchedMeaning(patched) : 'What the parts do to the refusal is not known without refusal tokens: add one in Find.');
+  all('[data-patched]').forEach((node) => { node.hidden = !patched; });
   const held = document.activeElement.closest('[data-top]') && document.activeElement.textContent;
-  find('[data-top]').replaceChildren(...writers.top.map(([name, first, exact]) => {
+  find('[data-top]').replaceChildren(...(patched ? patched.top : []).map(([name, first, exact]) => {
     const row = make('tr');
     const head = make('th');
     head.scope = 'row';
     head.append(partButton(name, 'Choose this part, or choose it no longer'));
-    row.append(head, make('td', change(first), 'number'), make('td', change(exact), 'number'));
-    row.title = 'Change of the refusal score, in log-odds, when this part alone is patched';
+    row.append(head, make('td', fall(first), 'number'), make('td', fall(exact), 'number'));
     return row;
   }));
   if (held) all('[data-top] button').find((button) => button.textContent === held)?.focus();
   drawChosen();
   if (!seen) return;
   drawParts(find('[data-direct]'), writers.direct);
-  drawParts(find('[data-first-pass]'), writers.first);
+  if (patched) drawParts(find('[data-first-pass]'), patched.map);
+}
+
+function patchedMeaning({ n_pairs: pairs, scores: [harmful, harmless] }) {
+  const [more, less] = writers.classes;
+  return `Patched: over ${pairs} pairs, each part of a run on a prompt of the class “${more}” does at the template’s tokens what it did for one of “${less}”; `
+    + `everything together would take the refusal score from ${harmful.toFixed(1)} to ${harmless.toFixed(1)}. `.replaceAll('-', '−')
+    + 'The first pass has all parts at once, from one gradient, and is right for small changes only: it can miss a part. The exact numbers are of one part patched at a time.';
 }
 
 function say(error) {
@@ -146,28 +153,23 @@ function say(error) {
 
 function draw() {
   const next = props.value || {};
-  if (next.measuring) {
-    const [stage, done, total] = next.measuring;
-    find('[data-measuring]').textContent = `${stage}, ${done} of ${total}`;
-    return;
-  }
-  if (next.direct || next.measured) {
-    find('[data-measuring]').textContent = next.measured ? '' : 'first pass done, now exactly';
-    say(next.error);
-    if (next.direct && (!inUse || next.direction === inUse)) {
-      writers = next;
-      drawWriters();
-    }
-    if (next.measured) measuring(false);
+  if (next.measures !== undefined || (next.run === -1 && next.measured)) {
+    measured(next);
     if (next.run !== -1) return;
   }
   if (next.run !== run && next.run !== -1) return;
   find('.inside-body').setAttribute('aria-busy', 'false');
   say(next.error);
-  if (!next.maps) return;
+  if (!next.maps) {
+    dirty = !view; // opened again, the tab tries again
+    find('[data-idle]').hidden = true;
+    find('.pair').hidden = false;
+    return;
+  }
   if (writers && writers.direction !== next.direction) writers = null;
   view = next;
   find('[data-idle]').hidden = true;
+  find('.pair').hidden = false;
   find('.inside-body').hidden = false;
   const [first, second] = view.prompts;
   if (!find('[data-first]').value) find('[data-first]').value = first;
@@ -177,8 +179,25 @@ function draw() {
   drawWriters();
 }
 
+/** What the measurement in hand says; of one that was cancelled nothing more. */
+function measured(next) {
+  if (!isMeasuring || (next.measures !== measures && next.run !== -1)) return;
+  if (next.measuring) {
+    const [stage, done, total] = next.measuring;
+    find('[data-measuring]').textContent = `${stage}, ${done} of ${total}`;
+    return;
+  }
+  find('[data-measuring]').textContent = next.measured ? '' : 'first pass done, now exactly';
+  say(next.error);
+  if (next.direct) {
+    writers = next;
+    drawWriters();
+  }
+  if (next.measured) measuring(false);
+}
+
 function read() {
-  dirty = false;
+  [dirty, readOf] = [false, inUse];
   run += 1;
   find('.inside-body').setAttribute('aria-busy', 'true');
   trigger('read', { run, first: find('[data-first]').value, second: find('[data-second]').value });
@@ -204,15 +223,27 @@ let isMeasuring = false;
 function measuring(now) {
   isMeasuring = now;
   for (const button of ['[data-measure]', '[data-every]']) pause(find(button), now);
+  if (!now) handOn([find('[data-cancel]')], find('[data-measure]'));
+  find('[data-cancel]').hidden = !now;
 }
+
+/** The page waits no longer; what has begun ends at its next step. */
+function stopMeasuring(said) {
+  trigger('cancel', { run: measures });
+  measuring(false);
+  find('[data-measuring]').textContent = said;
+}
+
 for (const [button, every] of [['[data-measure]', false], ['[data-every]', true]]) {
   find(button).addEventListener('click', () => {
     if (isMeasuring) return;
     measuring(true);
     measures += 1;
+    find('[data-measuring]').textContent = 'waiting for its turn';
     trigger('measure', { run: measures, every });
   });
 }
+find('[data-cancel]').addEventListener('click', () => stopMeasuring('Cancelled.'));
 find('[data-add]').addEventListener('change', ({ target }) => { find('[data-put]').disabled = !target.value; });
 find('[data-put]').addEventListener('click', () => {
   toggle(find('[data-add]').value);
@@ -237,10 +268,18 @@ all('[data-norm]').forEach((button) => button.addEventListener('click', () => {
 document.addEventListener('theme', () => { if (seen && view && element.isConnected) { drawReadings(); drawWriters(); } });
 document.addEventListener('direction', ({ detail }) => {
   if (!element.isConnected) return;
+  if (isMeasuring && inUse !== detail.digest) stopMeasuring('That was about another direction: measure again.');
   inUse = detail.digest;
-  if (view && view.direction === detail.digest && view.model === detail.model) return;
+  if (view && view.direction === detail.digest && view.model === detail.model) {
+    if (readOf !== inUse) {
+      run += 1; // what is on its way is about a direction that has been left
+      find('.inside-body').setAttribute('aria-busy', 'false');
+    }
+    return;
+  }
   dirty = true;
   show();
 });
 watch('value', draw);
 draw();
+document.dispatchEvent(new CustomEvent('direction-wanted'));

@@ -13,6 +13,9 @@ let position = null; // the position that is to be shown
 let playing;
 let forecast = null; // where the visitor's prompt lies
 let umap = null; // the layer that UMAP has laid out, or is laying out
+let asks = 0; // number of the last map that was asked for
+let inUse = ''; // the direction of the bar
+let askedOf = ''; // that of the map that was asked for
 let asking;
 let layouts = 0;
 let ticking;
@@ -68,7 +71,7 @@ function setApart(trace, role) {
 function star(layout) {
   const stars = forecast && forecast.stars[`${view.position} ${shown()}`];
   const ranges = ['xaxis', 'yaxis', 'zaxis'].map((name) => (layout.scene || layout)[name]?.range);
-  const at = stars ? stars[layer].map((value, axis) => Math.max(ranges[axis][0], Math.min(ranges[axis][1], value))) : null;
+  const at = stars?.[layer] ? stars[layer].map((value, axis) => Math.max(ranges[axis][0], Math.min(ranges[axis][1], value))) : null;
   const beyond = at && at.some((value, axis) => value !== stars[layer][axis]);
   const said = forecast ? `${shownAs(forecast.prompt)}<br><i>your prompt${beyond ? ', beyond the edge' : ''}</i>` : '';
   return { at, said, beyond };
@@ -296,12 +299,20 @@ function pick(role, index) {
 // -- asking -------------------------------------------------------------------------------------------------------
 
 function ask() {
+  asks += 1;
+  askedOf = inUse;
   find('.map-body').setAttribute('aria-busy', 'true');
-  trigger('position', { position, axes: axes === 'umap' ? 'pca' : axes });
+  trigger('position', { run: asks, position, axes: axes === 'umap' ? 'pca' : axes });
+}
+
+/** What is drawn is what is wanted: a map on its way is not any more. */
+function stay() {
+  asks += 1;
+  find('.map-body').setAttribute('aria-busy', 'false');
 }
 
 function isAsked(next) {
-  return next !== null && next.model === view.model && next.position === view.position && next.layer === layer;
+  return next !== null && next.model === view.model && next.found === view.found && next.position === view.position && next.layer === layer;
 }
 
 /** UMAP takes seconds a layer: it is asked for when a layer has been rested on. */
@@ -310,7 +321,7 @@ function askUmap() {
   if (axes !== 'umap' || isAsked(umap) || !view.layers[layer]) return;
   asking = setTimeout(() => {
     layouts += 1;
-    umap = { model: view.model, position: view.position, layer, doing: 'asked for', since: Date.now() };
+    umap = { model: view.model, found: view.found, position: view.position, layer, doing: 'asked for', since: Date.now() };
     clearInterval(ticking);
     ticking = setInterval(drawCaption, 1000);
     trigger('umap', { run: layouts, position: view.position, layer });
@@ -333,6 +344,7 @@ const counts = () => Object.fromEntries(ROLES.map((role) => [role, view.prompts[
 
 function draw() {
   const next = props.value || {};
+  if (asks && next.asked !== undefined && next.asked !== asks) return; // what is wanted is on its way, or drawn
   const error = find('[data-error]');
   error.hidden = !next.error;
   error.textContent = next.error || '';
@@ -350,10 +362,10 @@ function draw() {
 /** A map that Python has sent; one that is not wanted any more is not shown, because what is wanted is on its way. */
 function arrive(next) {
   const isOther = !view || view.model !== next.model;
-  if (isOther) [layer, position, forecast, umap] = [next.chosen.layer, next.position, null, null];
+  if (isOther) [layer, position] = [next.chosen.layer, next.position];
   else if (next.position !== position || (axes !== 'umap' && next.axes !== axes)) return;
-  const areOthers = isOther || JSON.stringify(view.prompts) !== JSON.stringify(next.prompts); // then the list is of prompts that are gone
-  if (areOthers) listed = null;
+  const areOthers = isOther || JSON.stringify(view.prompts) !== JSON.stringify(next.prompts); // then the list and the layout are of prompts that are gone
+  if (areOthers) [listed, umap] = [null, null];
   view = next;
   figures = {
     map: JSON.parse(view.map), separation: JSON.parse(view.separation),
@@ -411,6 +423,7 @@ find('[data-axes]').addEventListener('change', (event) => {
     ask();
     return;
   }
+  stay();
   drawControls();
   drawNumbers();
   drawFigures();
@@ -453,7 +466,13 @@ const onKey = (key) => {
 };
 document.addEventListener('keydown', onKey);
 document.addEventListener('direction', ({ detail }) => {
-  if (!element.isConnected || !view || detail.newModel || view.direction === detail.digest) return;
+  if (!element.isConnected) return;
+  inUse = detail.digest;
+  if (!view || detail.newModel) return;
+  if (view.direction === inUse) {
+    if (asks && askedOf !== inUse) stay();
+    return;
+  }
   if (view.chosen.layer !== detail.layer || view.chosen.position !== detail.position) [layer, position] = [detail.layer, detail.position];
   ask();
 });

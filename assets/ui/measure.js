@@ -17,10 +17,10 @@ function drawRunning(progress) {
   find('[data-cancel]').hidden = !running;
   const bar = find('progress');
   bar.hidden = !running;
-  const [stage, done, total] = progress || ['', 0, 1];
-  find('[data-measuring]').textContent = running && stage ? `${stage}, ${done} of ${total}` : '';
-  bar.max = total;
-  bar.value = done;
+  const [stage, done, total] = progress || ['', 0, 0];
+  find('[data-measuring]').textContent = total ? `${stage}, ${done} of ${total}` : stage;
+  if (total) [bar.max, bar.value] = [total, done];
+  else bar.removeAttribute('value');
 }
 
 function rateNode(rate) {
@@ -69,15 +69,25 @@ function drawReport() {
   if (!report) return;
   const { direction } = report;
   const stale = direction && model && (model.model !== report.model || model.digest !== direction.digest);
-  find('[data-made]').replaceChildren(
-    make('b', report.model),
-    (direction ? signed(`, direction of layer ${direction.layer}, position ${direction.position}; ${report.dtype}, prompts: ${report.prompts}.`) : `; prompts: ${report.prompts}.`)
-      + (report.toy ? ' A toy: no result about a real model.' : '') + (stale ? ' Another direction or model is in use by now: measure again.' : ''),
-  );
+  find('[data-made]').replaceChildren(make('b', report.model), madeWith() + (stale ? ' Another direction or model is in use by now: measure again.' : ''));
   const focused = document.activeElement?.dataset?.key; // the rows are made anew, and the keyboard stays on its row
   find('[data-rates]').replaceChildren(...[...report.rates].sort((a, b) => b.harmful - a.harmful).map(rateNode));
   if (focused) all('.rate').find((node) => node.dataset.key === focused)?.focus();
   drawTranscripts();
+}
+
+/** What was measured with what, after the model's name. */
+function madeWith() {
+  const { direction, mark, dtype, prompts, rules, toy } = report;
+  const judge = rules === 'paper' ? ', judged by the paper’s phrases' : '';
+  const used = direction ? signed(`, direction of layer ${direction.layer}, position ${direction.position} (${mark}); ${dtype}, `) : '; ';
+  return `${used}prompts: ${prompts}${judge}.${toy ? ' A toy: no result about a real model.' : ''}`;
+}
+
+/** What the direction was made from. */
+function madeFrom({ origin, contrast, n_harmful: first, n_harmless: second }) {
+  if (origin) return `from ${origin}`;
+  return contrast ? `${contrast}, from ${first} and ${second} prompts of its two classes` : `from ${first} harmful and ${second} harmless prompts`;
 }
 
 function drawTranscripts() {
@@ -133,15 +143,39 @@ function cell(value) {
 const what = (row) => row.replace(/ [−\d.]+×$/, '');
 const strengthOf = (row) => (row === 'unchanged' ? 0 : Number(row.match(/ ([−\d.]+)×$/)?.[1].replace('−', '-') ?? 1));
 
+/** Of every row of a table: what it was measured with. */
+function provenance() {
+  const { direction } = report;
+  return {
+    model: report.model, revision: report.revision ?? '', weights: report.fingerprint ?? '', dtype: report.dtype ?? '',
+    direction: direction?.digest ?? '', layer: direction?.layer ?? '', position: direction?.position ?? '', mark: report.mark ?? '',
+    prompts: report.prompts, judge: report.rules, max_new_tokens: report.max_new_tokens,
+  };
+}
+
+/** The points of a curve as rows; `low` and `high` are of the random directions. */
+function* pointsOf(name, cls, row) {
+  const { n, scales, refusal, random_refusal: random, kl, cross_entropy: ce, repetition } = curves[name];
+  for (const [i, strength] of scales.entries()) {
+    const among = (random || []).map((curve) => curve[i]);
+    const start = refusal ? { starts_like_refusal: refusal[i], random_low: Math.min(...among), random_high: Math.max(...among) } : {};
+    yield { class: cls, row, n, kl_nats: kl[i], cross_entropy_nats: ce?.[i], repeated: repetition?.[i], strength, ...start };
+  }
+}
+
 const FILES = {
   csv: () => {
-    const head = ['class', 'row', 'n', 'refused', 'refused_low', 'refused_high', 'answered', 'answered_low', 'answered_high', 'unclear', 'kl_nats', 'cross_entropy_nats', 'repeated', 'strength'];
-    const rows = report.rates.map((r) => [r.harmful ? 'harmful' : 'harmless', what(r.row), r.n, r.refused, ...r.refused_interval, r.answered, ...r.answered_interval, r.unclear, r.kl ?? '', r.cross_entropy ?? '', r.repetition ?? '', strengthOf(r.row)]);
-    for (const [name, row] of curves ? [['damage', 'direction removed'], ['add', 'direction added']] : []) {
-      const { n, scales, kl, cross_entropy: ce, repetition } = curves[name];
-      rows.push(...scales.map((scale, i) => ['harmless', row, n, ...Array(7).fill(''), kl[i] ?? '', ce[i] ?? '', repetition[i], scale]));
-    }
-    return [head, ...rows].map((row) => row.map(cell).join(',')).join('\n');
+    const rows = report.rates.map((r) => ({
+      class: r.harmful ? 'harmful' : 'harmless', row: what(r.row), strength: strengthOf(r.row), n: r.n,
+      refused: r.refused, refused_low: r.refused_interval[0], refused_high: r.refused_interval[1],
+      answered: r.answered, answered_low: r.answered_interval[0], answered_high: r.answered_interval[1],
+      unclear: r.unclear, kl_nats: r.kl, cross_entropy_nats: r.cross_entropy, repeated: r.repetition,
+      starts_like_refusal: null, random_low: null, random_high: null,
+    }));
+    const columns = Object.keys(rows[0]);
+    if (curves) rows.push(...pointsOf('ablate', 'harmful', 'direction removed'), ...pointsOf('damage', 'harmless', 'direction removed'), ...pointsOf('add', 'harmless', 'direction added'));
+    const [names, values] = [Object.keys(provenance()), Object.values(provenance())];
+    return [[...columns, ...names], ...rows.map((row) => [...columns.map((name) => row[name] ?? ''), ...values])].map((row) => row.map(cell).join(',')).join('\n');
   },
   json: () => {
     const { markdown, ...measured } = report;
@@ -151,9 +185,9 @@ const FILES = {
   },
   html: async () => {
     const { page, add, text } = newPage('Refusal with and without its direction');
-    add(page.body, 'p', find('[data-made]').textContent);
+    add(page.body, 'p', `${report.model}${madeWith()}`);
     const { direction } = report;
-    add(page.body, 'p', direction ? `Weights ${report.fingerprint}${report.revision ? `, revision ${report.revision}` : ''}; direction ${direction.digest}, ‖r‖ ${direction.norm.toFixed(3)}, from ${direction.n_harmful} harmful and ${direction.n_harmless} harmless prompts; judge: ${report.rules}; greedy, at most ${report.max_new_tokens} tokens.` : `Judge: ${report.rules}; greedy, at most ${report.max_new_tokens} tokens.`);
+    add(page.body, 'p', direction ? `Weights ${report.fingerprint}${report.revision ? `, revision ${report.revision}` : ''}; direction ${direction.digest}, ‖r‖ ${direction.norm.toFixed(3)}, ${madeFrom(direction)}; judge: ${report.rules}; greedy, at most ${report.max_new_tokens} tokens.` : `Judge: ${report.rules}; greedy, at most ${report.max_new_tokens} tokens.`);
     const table = add(page.body, 'table');
     const row = (cells, tag = 'td') => { const line = add(table, 'tr'); cells.forEach((each) => add(line, tag, each)); };
     row(['prompts', 'direction', 'n', 'refused', 'answered', 'unclear', 'KL, nats', 'cross-entropy, nats per token', 'repeated 4-grams'], 'th');
@@ -186,7 +220,7 @@ const FILES = {
     }
     return text();
   },
-  md: () => `${find('[data-made]').textContent}\n\n${report.direction ? `Direction: \`${JSON.stringify(report.direction)}\`, ` : ''}judge: ${report.rules}, greedy, at most ${report.max_new_tokens} tokens.\n\n${report.markdown}${damageTable && `\n\n${damageTable}`}`,
+  md: () => `${report.model}${madeWith()}\n\n${report.direction ? `Direction: \`${JSON.stringify(report.direction)}\`, ` : ''}judge: ${report.rules}, greedy, at most ${report.max_new_tokens} tokens.\n\n${report.markdown}${damageTable && `\n\n${damageTable}`}`,
 };
 
 function say(error) {
@@ -196,7 +230,7 @@ function say(error) {
 
 function draw() {
   const next = props.value || {};
-  if (next.run !== run && next.run !== -1) return;
+  if (!running || (next.run !== run && next.run !== -1)) return;
   if (next.measuring) {
     drawRunning(next.measuring);
     return;
@@ -207,8 +241,7 @@ function draw() {
     drawCurves();
     return;
   }
-  running = false;
-  drawRunning();
+  ended();
   say(next.error);
   if (next.curves) {
     [curves, damageTable] = [next.curves, next.damage_markdown];
@@ -216,24 +249,48 @@ function draw() {
   }
 }
 
-find('form').addEventListener('submit', (event) => {
+function ended() {
+  running = false;
+  drawRunning();
+}
+
+find('form.wish').addEventListener('submit', (event) => {
   event.preventDefault();
   if (running) return;
   run += 1;
   running = true;
   say('');
-  drawRunning(['starting', 0, 1]);
+  drawRunning(['waiting for its turn', 0, 0]);
   const from = (which) => find(`[data-list-of="${which}"]`).value;
-  trigger('measure', { run, n: find('[data-n]').valueAsNumber, max_new_tokens: find('[data-length]').valueAsNumber, first: from('first'), second: from('second') });
+  trigger('measure', { run, n: find('[data-n]').valueAsNumber, max_new_tokens: find('[data-length]').valueAsNumber, rules: find('[data-rules]').value, first: from('first'), second: from('second') });
 });
 find('[data-cancel]').addEventListener('click', () => {
-  find('[data-measuring]').textContent = 'cancelling …';
   trigger('cancel', { run });
+  ended();
+  find('[data-measuring]').textContent = 'Cancelled.'; // what has begun ends at its next step
 });
+const write = find('[data-write] button');
+let isWriting = false;
+
+function writing(now, said = '', error = '') {
+  isWriting = now;
+  pause(write, now);
+  find('[data-written]').textContent = said;
+  find('[data-write-error]').hidden = !error;
+  find('[data-write-error]').textContent = error;
+}
+
+find('[data-write]').addEventListener('submit', (submit) => {
+  submit.preventDefault();
+  if (isWriting) return;
+  writing(true, 'Writing, loading and comparing: a large model takes minutes.');
+  trigger('write', { folder: find('[data-folder]').value });
+});
+document.addEventListener('weights', ({ detail }) => { if (element.isConnected && isWriting) writing(false, detail.written, detail.error); });
 all('[data-save]').forEach((button) => button.addEventListener('click', async () => {
   const kind = button.dataset.save;
   const type = { csv: 'text/csv', json: 'application/json', md: 'text/markdown', html: 'text/html' }[kind];
-  save(`measured.${kind}`, type, `${await FILES[kind]()}\n`);
+  save(`${report.model.replace(/[^\w.-]+/g, '-')}-measured.${kind}`, type, `${await FILES[kind]()}\n`);
 }));
 new ResizeObserver(() => {
   if (seen || !element.offsetWidth) return;
@@ -245,6 +302,9 @@ document.addEventListener('direction', ({ detail }) => {
   if (!element.isConnected) return;
   model = detail;
   find('[data-public]').hidden = !detail.isLocal;
+  find('[data-weights]').hidden = !detail.digest; // of two servers there are none here
+  find('[data-write]').hidden = !detail.isLocal;
+  find('[data-not-here]').hidden = detail.isLocal;
   find('[data-idle]').hidden = true;
   find('.measure-body').hidden = false;
   drawReport();

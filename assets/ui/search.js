@@ -148,7 +148,7 @@ function startSearch() {
 }
 
 function sought(next) {
-  if (next.run !== search && next.run !== -1) return;
+  if (!isSearching || (next.run !== search && next.run !== -1)) return;
   if (next.searching) {
     drawSearching(...next.searching);
     return;
@@ -165,8 +165,8 @@ find('form').addEventListener('submit', (submit) => {
 });
 find('form').addEventListener('input', drawForm);
 find('[data-cancel-search]').addEventListener('click', () => {
-  drawSearching('cancelling');
   trigger('cancel', { run: search });
+  sought({ run: search, cancelled: true }); // what has begun ends at its next step
 });
 all('[data-list-file]').forEach((input) => input.addEventListener('change', async () => {
   const [file] = input.files;

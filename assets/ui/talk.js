@@ -526,6 +526,8 @@ function open(view) {
   confine(null);
   opened = model;
   direction = digest;
+  [foretelling, outdated] = [0, false]; // what was foretold, or is on its way, is of another model
+  paint(null);
   closed = view.examples.closed || null;
   if (closed) close(closed);
   else find('[data-where]').textContent = `at layer ${layer}, position ${String(position).replace('-', '−')}`;

@@ -8,6 +8,8 @@
     map       where harmful and harmless prompts lie, layer by layer
     find      every candidate direction with its scores; one of them can be taken; a prompt as the model reads it
     search    a direction found anew for one visitor, from prompts or with refusal tokens of their own
+    measure   how strong the effect is, how sure, at what price; and the same in the weights
+    inside    where a prompt lies along the direction, and who writes that
     lending   work on a GPU that is borrowed for it, where a Space lends one; elsewhere the work itself
     engine    the model and its direction, or two servers instead, prepared in the background and shared by all visitors
 

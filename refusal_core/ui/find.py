@@ -31,6 +31,7 @@ def find_view(ready: Ready, model_found: Found, error: str = "") -> dict:
     return {
         "error": error,
         "model": model.name,
+        "table": table_of(ready),
         "contrast": rule.contrast,
         "chosen_by": rule.chosen_by,
         "classes": found.prompts.classes,
@@ -48,6 +49,12 @@ def find_view(ready: Ready, model_found: Found, error: str = "") -> dict:
         "tokens": tokens_view(model, found),
         "model_tokens": tokens_view(model, model_found),
     }
+
+
+def table_of(ready: Ready) -> str:
+    """Names the candidates and what they are scored with, however much of it has been measured."""
+    found = ready.found
+    return " ".join(map(str, (ready.model.name, ready.own, found.digest, *found.refusal_tokens)))
 
 
 def _cell(ready: Ready, score: CandidateScore) -> dict:

@@ -18,7 +18,7 @@ from refusal_core.attribution import (
     write_along,
 )
 from refusal_core.plots import reading_map, writer_map
-from refusal_core.prompts import CLASSES, PromptError
+from refusal_core.prompts import PromptError, ends_of
 from refusal_core.selection import Progress
 from refusal_core.ui.engine import Ready
 from refusal_core.ui.talk import MAX_CHARACTERS
@@ -52,7 +52,7 @@ def inside_view(ready: Ready, texts: Sequence[object] = PAIR) -> dict:
         "model": model.name,
         "direction": ready.digest,
         "prompts": prompts,
-        "toward": ("refusing", "answering") if classes == CLASSES else classes,
+        "toward": ends_of(classes),
         "maps": [
             {"title": title, "figure": reading_map(*figure, reach).to_json()}
             for title, figure in zip(titles, scaled, strict=False)
@@ -76,11 +76,15 @@ def _words(ready: Ready, final_norm: bool) -> dict:
 def writers_view(ready: Ready, stop: threading.Event, *, every: bool) -> Iterator[dict]:
     """Which parts write the direction, and which of them the refusal hangs on; with progress.
 
-    The effects come to first order at once, and then exactly: of the `N_TOP` largest, or of `every` part.
+    The effects come to first order at once, and then exactly: of the `N_TOP` largest, or of `every` part. Without refusal
+    tokens nothing is known of them.
     """
     found, direction, tokens = ready.found, ready.direction, ready.found.refusal_tokens
     yield {"model": ready.model.name, "measuring": ["reading what is written", 0, 1]}
     writers = write_along(ready.model, found.prompts.harmful, found.prompts.harmless, direction)
+    if not tokens:
+        yield _writers(ready, writers, None, None) | {"measured": True}
+        return
     pairs = found.validation.harmful, found.validation.harmless
     first = attribute_writers(ready.model, *pairs, tokens)
     yield _writers(ready, writers, first, None)
@@ -92,26 +96,33 @@ def writers_view(ready: Ready, stop: threading.Event, *, every: bool) -> Iterato
             yield _writers(ready, writers, first, news) | {"measured": True}
 
 
-def _writers(ready: Ready, writers: Writers, first: Attribution, exact: Patching | None) -> dict:
+def _writers(ready: Ready, writers: Writers, first: Attribution | None, exact: Patching | None) -> dict:
     source, n_layers = ready.direction.source, ready.model.n_layers
     columns, direct = _by_layer(writers.names, writers.along.numpy(), writers.heads, n_layers)
-    _, effects = _by_layer(first.names, first.effect.numpy(), first.heads, n_layers)
-    estimated, patched = _effects(first), {} if exact is None else _effects(exact)
-    ranked = sorted(estimated, key=lambda name: -abs(patched.get(name, estimated[name])))
-    shown = sorted(patched or ranked[:N_TOP], key=ranked.index)
     return {
         "model": ready.model.name,
         "direction": ready.digest,
         "direct": writer_map(direct, columns, "of ‖r‖").to_json(),
-        "first": writer_map(effects, columns, "log-odds").to_json(),
         "columns": columns,
         "writers": list(writers.names),
         "heads": writers.heads is not None,
         "below": float(writers.along[: _n_below(writers.names, source.layer)].sum()),
         "layer": source.layer,
+        "classes": ready.found.validation.classes,
+        "patched": None if first is None else _patched(first, exact, n_layers),
+    }
+
+
+def _patched(first: Attribution, exact: Patching | None, n_layers: int) -> dict:
+    """What the parts do to the refusal score: to first order in a map of all, and a table of those with the largest effects."""
+    columns, effects = _by_layer(first.names, first.effect.numpy(), first.heads, n_layers)
+    estimated, patched = _effects(first), {} if exact is None else _effects(exact)
+    ranked = sorted(estimated, key=lambda name: -abs(patched.get(name, estimated[name])))
+    shown = sorted(patched or ranked[:N_TOP], key=ranked.index)
+    return {
+        "map": writer_map(effects, columns, "log-odds").to_json(),
         "top": [[name, estimated[name], patched.get(name)] for name in shown],
         "scores": [first.harmful, first.harmless],
-        "classes": ready.found.validation.classes,
         "n_pairs": first.n_pairs,
     }
 

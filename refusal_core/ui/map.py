@@ -7,7 +7,7 @@ import numpy as np
 
 from refusal_core.geometry import LayerMap, first_component_is_difference
 from refusal_core.plots import TITLES, packed, points_of, prompt_map, separation_by_layer, umap_map
-from refusal_core.prompts import PromptError
+from refusal_core.prompts import PromptError, ends_of
 from refusal_core.selection import Progress
 from refusal_core.ui.engine import Engine, Ready
 
@@ -25,6 +25,7 @@ def map_view(engine: Engine, ready: Ready, position: object = None, axes: object
     maps, components = engine.maps(ready, pos, axes), engine.maps(ready, pos)
     return {
         "model": model.name,
+        "found": found.digest,
         "direction": ready.digest,
         "axes": axes,
         "position": pos,
@@ -33,7 +34,7 @@ def map_view(engine: Engine, ready: Ready, position: object = None, axes: object
             for p in found.positions
         ],
         "chosen": {"layer": source.layer, "position": source.position},
-        "map": prompt_map(maps, axes).to_json(),
+        "map": prompt_map(maps, axes, ends_of(found.prompts.classes)[0]).to_json(),
         "points": points_of(maps, axes),
         "separation": separation_by_layer(components, source.layer).to_json(),
         "claim": _claim(components),
@@ -54,7 +55,7 @@ def umap_view(engine: Engine, ready: Ready, position: object, layer: object, sto
     pos = _position(ready, position)
     if type(layer) is not int or not 0 <= layer < ready.model.n_layers:
         raise PromptError(f"There is no layer {str(layer)[:20]!r}: take one from 0 to {ready.model.n_layers - 1}.")
-    about = {"model": ready.model.name, "position": pos, "layer": layer}
+    about = {"model": ready.model.name, "found": ready.found.digest, "position": pos, "layer": layer}
     for news in engine.umap(ready, pos, layer, stop):
         if isinstance(news, Progress):
             yield about | {"doing": news.stage}

@@ -3,7 +3,10 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import get_args
 
+from refusal_core.chat_model import ModelError
 from refusal_core.endpoints import evaluate_endpoints
 from refusal_core.evaluation import (
     N_CURVE,
@@ -17,20 +20,23 @@ from refusal_core.evaluation import (
     paper_rows,
 )
 from refusal_core.interventions import Kind
-from refusal_core.metrics import wilson
+from refusal_core.metrics import Rules, wilson
+from refusal_core.orthogonalize import export
 from refusal_core.plots import dose_figure
 from refusal_core.prompts import Prompt, PromptError, PromptSet, in_split
 from refusal_core.selection import Progress
+from refusal_core.ui.bar import mark_of
 from refusal_core.ui.engine import Ready, Served
 from refusal_core.ui.lending import MEASUREMENT, on_gpu
 from refusal_core.ui.search import asked_public
 
 FEWEST, MOST = 5, 100
+RULES: dict[str, Rules] = {rules: rules for rules in get_args(Rules)}
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to be measured: `n` test prompts of each class, replies of at most `max_new_tokens`.
+    """What is to be measured: `n` test prompts of each class, replies of at most `max_new_tokens`, judged by `rules`.
 
     The prompts are those that are set aside, or of the lists of the hub that `first` and `second` name.
     """
@@ -38,6 +44,7 @@ class Wish:
     run: int
     n: int
     max_new_tokens: int
+    rules: Rules = "default"
     first: str = ""
     second: str = ""
 
@@ -53,7 +60,10 @@ class Wish:
                 raise PromptError(f"{said} is a whole number from {low} to {high}: set it again.")
             values[name] = value
         first, second = (str(sent.get(name) or "") for name in ("first", "second"))
-        return cls(**values, first=first, second=second)
+        rules = RULES.get(str(sent.get("rules") or "default"))
+        if rules is None:
+            raise PromptError(f"There is no judge {str(sent.get('rules'))[:40]!r}: take one of {', '.join(RULES)}.")
+        return cls(**values, rules=rules, first=first, second=second)
 
 
 def measured(ready: Ready | Served, wish: Wish, stop: threading.Event, *, local: bool = False) -> Iterator[dict]:
@@ -76,7 +86,7 @@ def _measured(ready: Ready, wish: Wish, stop: threading.Event, *, local: bool) -
         examples = unseen(ready, *asked_public(wish.first, wish.second, local))
     prompts = examples.draw(wish.n)
     for news in evaluate(
-        model, prompts, paper_rows(direction), rules="default", max_new_tokens=wish.max_new_tokens, stop=stop
+        model, prompts, paper_rows(direction), rules=wish.rules, max_new_tokens=wish.max_new_tokens, stop=stop
     ):
         yield head | (_progress(news) if isinstance(news, Progress) else {"report": _report(news) | _made_with(ready)})
     curves: dict[str, dict] = {}
@@ -119,7 +129,7 @@ def _served(served: Served, wish: Wish, stop: threading.Event) -> Iterator[dict]
     """Progress and the rates; the curves would need hooks, and the page says so."""
     head = {"run": wish.run, "model": served.name}
     for news in evaluate_endpoints(
-        served.pair, served.examples.draw(wish.n), rules="default", max_new_tokens=wish.max_new_tokens, stop=stop
+        served.pair, served.examples.draw(wish.n), rules=wish.rules, max_new_tokens=wish.max_new_tokens, stop=stop
     ):
         yield head | (_progress(news) if isinstance(news, Progress) else {"report": _report(news)})
     yield head | ({"cancelled": True} if stop.is_set() else {"done": True})
@@ -132,6 +142,7 @@ def _progress(progress: Progress) -> dict:
 def _made_with(ready: Ready) -> dict:
     return {
         "toy": ready.is_organism,
+        "mark": mark_of(ready),
         "direction": asdict(ready.direction.source) | {"norm": ready.direction.norm, "digest": ready.digest},
         "dtype": ready.model.precision,
     }
@@ -198,3 +209,16 @@ def _damage(damage: Damage) -> dict:
     return {name: values for name, values, _ in measures} | {
         f"{name}_figure": dose_figure(damage.scales, values, None, title).to_json() for name, values, title in measures
     }
+
+
+def written(ready: Ready, folder: object, *, local: bool) -> str:
+    """Writes the removal into the weights of a checkpoint in the new `folder`; what came of it, in words.
+
+    Raises ModelError where others can open the page, without a folder, and as `export` does.
+    """
+    if not local:
+        raise ModelError("Where others can open the page no edited weights are written: run the app for yourself.")
+    if not isinstance(folder, str) or not folder.strip():
+        raise ModelError("The edited model needs a place: name a new folder for it.")
+    path = Path(folder.strip()).expanduser().absolute()
+    return export(ready.model, ready.direction, path, refusal_tokens=ready.found.refusal_tokens or None).in_words

@@ -3,7 +3,7 @@
 import base64
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,12 +17,12 @@ from refusal_core.selection import Progress, refusal_token
 from refusal_core.ui.bar import bar_view
 from refusal_core.ui.component import part, relay
 from refusal_core.ui.engine import CLOSED, NEEDS_HOOKS, Cell, Engine, Engines, Failed, Ready, Served, Status
-from refusal_core.ui.find import asked_cell, find_view, rendered_view
+from refusal_core.ui.find import asked_cell, find_view, rendered_view, table_of
 from refusal_core.ui.forecast import forecast
 from refusal_core.ui.inside import PAIR, inside_view, writers_view
 from refusal_core.ui.lending import GLANCE, SEARCH, on_gpu, once_on_gpu
 from refusal_core.ui.map import map_view, umap_view
-from refusal_core.ui.measure import Wish, measured
+from refusal_core.ui.measure import Wish, measured, written
 from refusal_core.ui.search import Search, Searches, search
 from refusal_core.ui.talk import (
     MAX_NEW_TOKENS,
@@ -251,12 +251,13 @@ class Handlers:
         """
         try:
             engine, ready = self._ready(visit)
+            table = table_of(ready)
             for progress in self._searches.fill(visit.search) if visit.search else engine.fill():
-                yield {"model": ready.model.name, "filling": [progress.stage, progress.done, progress.total]}
+                yield {"table": table, "filling": [progress.stage, progress.done, progress.total]}
         except (PromptError, ModelError, DirectionError) as error:
             yield {"error": str(error), "filled": True, "nonce": time.monotonic_ns()}
             return
-        yield {"model": ready.model.name, "filled": True, "nonce": time.monotonic_ns()}
+        yield {"table": table, "filled": True, "nonce": time.monotonic_ns()}
 
     def show_cells(self, visit: Visit) -> dict:
         """The candidates as they stand."""
@@ -293,11 +294,15 @@ class Handlers:
             return
         yield *unchanged, echo | {"cancelled": True}
 
-    def cancel_search(self, event: gr.EventData, request: gr.Request) -> None:
-        """Ends a visitor's search."""
-        run = getattr(event, "run", None)
-        if isinstance(run, int):
-            self._stops.stop(_work_of(str(request.session_hash), "search"), run)
+    def cancel(self, work: str) -> Callable[[gr.EventData, gr.Request], None]:
+        """What ends a visitor's `work`, of the kinds that `leave` ends as well."""
+
+        def end(event: gr.EventData, request: gr.Request) -> None:
+            run = getattr(event, "run", None)
+            if isinstance(run, int):
+                self._stops.stop(_work_of(str(request.session_hash), work), run)
+
+        return end
 
     def drop_search(self, visit: Visit, request: gr.Request) -> tuple:
         """Visit, bar, candidates and map with the app's own direction in use again."""
@@ -332,11 +337,12 @@ class Handlers:
 
     def show_position(self, visit: Visit, event: gr.EventData) -> dict:
         """The map at another template position, or on other axes."""
+        echo = {"asked": getattr(event, "run", None), "nonce": time.monotonic_ns()}
         try:
             engine, ready = self._ready(visit)
-            return map_view(engine, ready, getattr(event, "position", None), getattr(event, "axes", None))
+            return map_view(engine, ready, getattr(event, "position", None), getattr(event, "axes", None)) | echo
         except (PromptError, ModelError) as error:
-            return {"error": str(error)}
+            return {"error": str(error)} | echo
 
     def show_umap(self, visit: Visit, event: gr.EventData, request: gr.Request) -> Iterator[dict]:
         """One layer of the map by UMAP."""
@@ -345,9 +351,10 @@ class Handlers:
             engine, ready = self._ready(visit)
             stop = self._stops.begin(_work_of(str(request.session_hash), "layout"), run if isinstance(run, int) else 0)
             wanted = getattr(event, "position", None), getattr(event, "layer", None)
-            yield from umap_view(engine, ready, *wanted, stop)
+            for news in umap_view(engine, ready, *wanted, stop):
+                yield news | {"nonce": time.monotonic_ns()}
         except (PromptError, ModelError) as error:
-            yield {"error": str(error)}
+            yield {"error": str(error), "nonce": time.monotonic_ns()}
 
     def read_inside(self, visit: Visit, event: gr.EventData) -> dict:
         """Where one or two prompts lie along the direction, and the words that it raises."""
@@ -368,13 +375,14 @@ class Handlers:
             _, ready = self._ready(visit)
             stop = self._stops.begin(_work_of(str(request.session_hash), "inside"), run if isinstance(run, int) else 0)
             every = getattr(event, "every", None) is True
-            yield from on_gpu(writers_view, ready.light, every=every, model=ready.model, seconds=SEARCH, stop=stop)
+            for news in on_gpu(writers_view, ready.light, every=every, model=ready.model, seconds=SEARCH, stop=stop):
+                yield news | {"measures": run}
         except (PromptError, ModelError) as error:
-            yield {"error": str(error), "measured": True, "nonce": time.monotonic_ns()}
+            yield {"measures": run, "error": str(error), "measured": True, "nonce": time.monotonic_ns()}
 
     def measure(self, visit: Visit, event: gr.EventData, request: gr.Request) -> Iterator[dict]:
         """Rates and curves, with progress."""
-        sent = {name: getattr(event, name, None) for name in ("run", "n", "max_new_tokens", "first", "second")}
+        sent = {name: getattr(event, name, None) for name in ("run", "n", "max_new_tokens", "rules", "first", "second")}
         try:
             wish = Wish.read(sent, self._most_tokens)
             speaker = self._speaker(visit)
@@ -383,11 +391,14 @@ class Handlers:
         except (PromptError, ModelError) as error:
             yield {"run": sent["run"], "error": str(error), "nonce": time.monotonic_ns()}
 
-    def cancel_measure(self, event: gr.EventData, request: gr.Request) -> None:
-        """Ends what a visitor measures."""
-        run = getattr(event, "run", None)
-        if isinstance(run, int):
-            self._stops.stop(_work_of(str(request.session_hash), "measure"), run)
+    def write_weights(self, visit: Visit, event: gr.EventData) -> dict:
+        """What came of writing the removal into weights."""
+        echo = {"nonce": time.monotonic_ns()}
+        try:
+            _, ready = self._ready(visit)
+            return echo | {"written": written(ready, getattr(event, "folder", None), local=self._engines.any_model)}
+        except (PromptError, ModelError) as error:
+            return echo | {"error": str(error)}
 
     def _ready(self, visit: Visit) -> tuple[Engine, Ready]:
         """The visit's model with its direction in use; raises ModelError where there is none to be had."""
@@ -471,6 +482,7 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
                 depths = part("inside", "figures", value=closed["inside"])
         paint, tints, files = relay("forecast"), relay("tint"), relay("file")
         sought, checked, rendered = relay("search"), relay("token"), relay("rendered")
+        weights = relay("weights")
 
         def after_failure(turns: Turns) -> dict:
             return view(turns, -1, error=FAILURE) | {"nonce": time.monotonic_ns()}
@@ -516,13 +528,15 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
                 failed, None, atlas, queue=False, **quiet
             )
         grid.choose(do.choose_cell, visit, [visit, bar, grid], **past_the_queue)
-        grid.fill(do.fill_map, visit, grid, **(many | {"trigger_mode": "once"})).failure(
-            nothing_filled, None, grid, queue=False, **quiet
-        )
+        grid.fill(do.fill_map, visit, grid, **many).failure(nothing_filled, None, grid, queue=False, **quiet)
         rates.measure(do.measure, visit, rates, **(many | {"concurrency_limit": 2})).failure(
             failed, None, rates, queue=False, **quiet
         )
-        rates.cancel(do.cancel_measure, None, None, **past_the_queue)
+        rates.write(do.write_weights, visit, weights, **(many | {"concurrency_limit": 1})).failure(
+            nothing_found, None, weights, queue=False, **quiet
+        )
+        rates.cancel(do.cancel("measure"), None, None, **past_the_queue)
+        depths.cancel(do.cancel("inside"), None, None, **past_the_queue)
         for heard, handle in ((depths.read, do.read_inside), (depths.measure, do.measure_writers)):
             heard(handle, visit, depths, **(many | {"concurrency_limit": 2})).failure(
                 failed, None, depths, queue=False, **quiet
@@ -532,7 +546,7 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
             do.search, visit, [visit, bar, grid, atlas, sought], **(many | {"concurrency_limit": SEARCHES_AT_ONCE})
         )
         found.failure(nothing_found, None, sought, queue=False, **quiet)
-        grid.cancel(do.cancel_search, None, None, **past_the_queue)
+        grid.cancel(do.cancel("search"), None, None, **past_the_queue)
         grid.drop(do.drop_search, visit, [visit, bar, grid, atlas], **past_the_queue)
         grid.token(do.check_token, visit, checked, **past_the_queue)
         grid.read_prompt(do.show_rendered, [turns, visit], rendered, **past_the_queue)
