@@ -36,10 +36,13 @@ empty row is the baseline: everything shown side by side is one batch.
 """
 
 import os
+import sys
 
 # Threads that spin while they wait for one another take the cores from those they wait for: on a machine with other work
 # to do, one step of a small model then takes a hundred times as long. Threads that sleep at once have to be woken for each
 # of its many small products, which takes longer than the products: so they spin for some ten microseconds first (libgomp,
-# which torch has on Linux, counts the rounds). Read when torch is loaded, so said before.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# which torch has on Linux, counts the rounds). Every thread that computes has threads of its own to help it, as the page's
+# and the visitors' do; once there are more than cores, libgomp lets only ACTIVE ones spin at all. Read when torch is
+# loaded, so said before.
+os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE" if sys.platform == "linux" else "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
