@@ -40,6 +40,7 @@ def look_inside(tab: Page) -> None:
     open_inside(tab)
     tab.get_by_role("button", name="Measure the parts").click()
     expect(tab.locator("[data-direct] .main-svg").first).to_be_visible(timeout=60_000)
+    expect(tab.locator("#inside [data-measuring]")).to_be_empty(timeout=60_000)
 
 
 def main() -> int:

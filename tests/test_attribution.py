@@ -42,8 +42,11 @@ def test_a_text_too_long_for_all_its_layers_at_once_is_read_a_few_at_a_time(
         read_along(model, [HARMFUL], direction),
         read_along(model, [HARMFUL], direction, layers=[1, 4, 5]),
     )
+    run, read = model.run, []
+    monkeypatch.setattr(model, "run", lambda *args, **how: read.append(len(how["read_layers"])) or run(*args, **how))
     monkeypatch.setattr(attribution, "MOST_READ", 3 * len(model.render(HARMFUL)) * model.d_model)
     (piecewise,) = read_along(model, [HARMFUL], direction)
+    assert sum(read) == model.n_layers and max(read) == 3
     assert_close(piecewise.along, whole.along)
     monkeypatch.setattr(attribution, "MOST_READ", 1)
     (one_by_one,) = read_along(model, [HARMFUL], direction, layers=[1, 4, 5])
