@@ -46,3 +46,4 @@ import sys
 # loaded, so said before.
 os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE" if sys.platform == "linux" else "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+os.environ.setdefault("KMP_BLOCKTIME", "0")  # where torch has another OpenMP, whose ACTIVE threads would spin for ever

@@ -288,12 +288,11 @@ class App:
     log: Path
 
 
-def start(log: Path, *arguments: str, program: Sequence[str] = ("app.py",), port: int | None = None) -> App:
+def start(log: Path, *arguments: str, program: Sequence[str] = ("app.py",)) -> App:
     """Starts the app on a free port and waits until it listens; `program` is what Python is to run."""
-    if port is None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     with log.open("w") as out:
         process = subprocess.Popen(
             [sys.executable, *program, "--port", str(port), "--no-browser", *arguments],
@@ -332,9 +331,9 @@ def end(app: App) -> int:
 
 
 @contextlib.contextmanager
-def running(log: Path, *arguments: str, program: Sequence[str] = ("app.py",), port: int | None = None) -> Iterator[App]:
+def running(log: Path, *arguments: str, program: Sequence[str] = ("app.py",)) -> Iterator[App]:
     """The app, ready; at the end it must have ended well, and have logged no error."""
-    app = start(log, *arguments, program=program, port=port)
+    app = start(log, *arguments, program=program)
     try:
         wait_for(lambda: "true" in (health(app) or ""), app, "is ready")
         assert '"ready":true' in (health(app) or "")
@@ -1537,29 +1536,57 @@ def test_another_model_can_be_loaded_and_the_old_one_stays_until_then(chromium, 
     expect(tab.locator("[data-demo]")).to_be_hidden()  # said once
 
 
-def test_a_page_that_is_older_than_the_app_says_so_and_keeps_what_it_shows(chromium, tmp_path):
-    with running(tmp_path / "first.txt") as app:
-        tab, _ = open_tab(chromium, app)
+FORGETFUL = """
+import functools
+import sys
+import refusal_core
+from refusal_core.ui import server
+
+build = server.build
+
+def build_small(*args):
+    page = build(*args)
+    page.launch = functools.partial(page.launch, state_session_capacity=1)
+    return page
+
+server.build = build_small
+sys.exit(server.main())
+"""
+"""The app, which remembers one visitor only."""
+
+
+def test_a_page_that_the_app_has_forgotten_says_so_and_keeps_what_it_shows(chromium, tmp_path):
+    with running(tmp_path / "log.txt", program=("-c", FORGETFUL)) as app:
+        tab = open_tab(chromium, app)[0]
         expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
         idle(tab)
+        other = open_tab(chromium, app)[0]
+        for each in (tab, other):
+            expect(each.locator(".cell .tag:not(:empty)")).to_have_count(3)
+            idle(each)
         before = replies(tab)
-    with running(tmp_path / "second.txt", port=int(app.url.rpartition(":")[2])):
-        ask_field = tab.get_by_label("Message")
-        ask_field.fill("Who are you?")
-        ask_field.press("Enter")
+        field = tab.get_by_label("Message")
+        field.fill("Who are you?")
+        field.press("Enter")
         expect(tab.locator(".composer [data-error]")).to_have_text(RELOAD)
-        expect(ask_field).to_have_value("Who are you?")
+        expect(field).to_have_value("Who are you?")
         idle(tab)
         assert len(before) == 3 and replies(tab) == before
         open_find(tab)
         tab.locator("[data-cell='-1 3']").click()
         expect(tab.locator("#bar [data-failed]")).to_have_text(RELOAD)
+        tab.get_by_role("tab", name="Talk").click()
+        with tab.expect_download() as download:
+            tab.get_by_role("button", name="Save JSON").click()
+        download.value.save_as(tmp_path / "saved.json")
+        assert json.loads((tmp_path / "saved.json").read_text("utf-8"))["model"].startswith(EMBEDDED)
         tab.reload()
         expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
         idle(tab)
         ask(tab, "Who are you?")
         expect(tab.locator(".composer [data-error]")).to_be_hidden()
-    tab.context.close()
+        for each in (tab, other):
+            each.context.close()
 
 
 def test_for_a_page_that_is_not_known_any_more_nothing_is_done(engines, ready):

@@ -1,5 +1,6 @@
 """What the tab Map promises: prompts on several axes, moved without the server, found, listed, and asked in Talk."""
 
+import contextlib
 import json
 import re
 import threading
@@ -352,21 +353,39 @@ def test_what_is_drawn_around_is_listed_by_class_and_stays_listed_in_other_layer
     expect(tab.locator("[data-list]")).to_be_hidden()
 
 
-def test_axes_that_are_left_before_they_arrive_leave_the_map_as_it_is_and_can_be_had_again(tab):
-    open_map(tab)
+@contextlib.contextmanager
+def nothing_sent(tab: Page) -> Iterator[None]:
+    """What the page asks meanwhile waits until the block ends."""
     held: list[Route] = []
     tab.route("**/queue/join*", lambda route: held.append(route))
-    tab.locator("[data-axes]").select_option("along")
-    expect(tab.locator(".map-body")).to_have_attribute("aria-busy", "true")
-    tab.locator("[data-axes]").select_option("pca")
-    expect(tab.locator(".map-body")).to_have_attribute("aria-busy", "false")
+    yield
     for route in held:
         route.continue_()
     tab.unroute("**/queue/join*")
+
+
+def test_axes_that_are_left_before_they_arrive_leave_the_map_as_it_is_and_can_be_had_again(tab):
+    open_map(tab)
+    busy, axes = tab.locator(".map-body[aria-busy='true']"), tab.locator("[data-axes]")
+    with nothing_sent(tab):
+        axes.select_option("along")
+        expect(busy).to_have_count(1)
+        axes.select_option("pca")
+        expect(busy).to_have_count(0)
     tab.wait_for_timeout(1000)
     expect(tab.locator("[data-map]")).to_contain_text("PC2")
     choose_axes(tab, "along")
     expect(tab.locator("[data-map]")).to_contain_text("along the direction")
+    points = "document.querySelector('[data-map]').data[0].x.join()"
+    before = tab.evaluate(points)
+    with nothing_sent(tab):
+        tab.locator("#map [data-position]").select_option("-2")
+        axes.select_option("pca")
+        axes.select_option("along")
+        expect(busy).to_have_count(1)
+    expect(busy).to_have_count(0)
+    tab.wait_for_function(f"before => {points} !== before", arg=before)  # of the other position
+    expect(tab.locator("#map [data-position]")).to_have_value("-2")
 
 
 def test_in_3_d_the_view_is_kept_and_can_be_turned_without_a_mouse_and_no_canvas_is_left_behind(tab):

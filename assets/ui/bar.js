@@ -43,7 +43,7 @@ function drawModels(view) {
   }));
   if (held) all('.model-button').find((node) => node.textContent === held)?.focus();
   find('[data-other]').hidden = !view.any_model;
-  if (!inUse) find('[data-model]').textContent = 'none: choose one';
+  if (!inUse && !told) find('[data-model]').textContent = 'none: choose one';
 }
 
 function load(model) {

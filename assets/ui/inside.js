@@ -4,6 +4,7 @@ let writers = null;
 let finalNorm = 0;
 let seen = false;
 let dirty = false; // something has changed since the maps were read
+let failed = false; // the first reading, so that there are no maps yet
 let run = 0; // number of the reading on its way
 let measures = 0;
 let inUse = ''; // the direction of the bar
@@ -161,7 +162,7 @@ function draw() {
   find('.inside-body').setAttribute('aria-busy', 'false');
   say(next.error);
   if (!next.maps) {
-    dirty = !view; // opened again, the tab tries again
+    failed = !view; // opened again, the tab tries again
     find('[data-idle]').hidden = true;
     find('.pair').hidden = false;
     return;
@@ -197,7 +198,7 @@ function measured(next) {
 }
 
 function read() {
-  [dirty, readOf] = [false, inUse];
+  [dirty, failed, readOf] = [false, false, inUse];
   run += 1;
   find('.inside-body').setAttribute('aria-busy', 'true');
   trigger('read', { run, first: find('[data-first]').value, second: find('[data-second]').value });
@@ -207,7 +208,7 @@ function show() {
   const before = wide;
   wide = element.offsetWidth;
   if (!wide || (props.value && props.value.closed)) return;
-  if (!seen || dirty) {
+  if (!seen || dirty || (failed && !before)) {
     seen = true;
     if (view && !dirty) { drawReadings(); drawWriters(); } else read();
   } else if (view && wide !== before) {

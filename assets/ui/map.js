@@ -419,11 +419,10 @@ find('[data-axes]').addEventListener('change', (event) => {
   const lacking = axes === 'turned' && !canDrawSolids();
   if (lacking) axes = 'pca';
   find('[data-note]').textContent = lacking ? 'A picture in 3-D needs WebGL, which this browser does not offer: these are the first two components.' : '';
-  if (axes !== 'umap' && view.axes !== axes) {
-    ask();
-    return;
-  }
-  stay();
+  const areOther = axes !== 'umap' && view.axes !== axes;
+  if (areOther || view.position !== position || view.direction !== inUse) ask();
+  else stay();
+  if (areOther) return;
   drawControls();
   drawNumbers();
   drawFigures();
@@ -468,9 +467,16 @@ document.addEventListener('keydown', onKey);
 document.addEventListener('direction', ({ detail }) => {
   if (!element.isConnected) return;
   inUse = detail.digest;
-  if (!view || detail.newModel) return;
+  if (!view) return;
+  if (detail.newModel) {
+    stay(); // its map comes by itself
+    return;
+  }
   if (view.direction === inUse) {
-    if (asks && askedOf !== inUse) stay();
+    if (asks && askedOf !== inUse) {
+      [layer, position] = [Number(find('[data-layer]').value), view.position];
+      stay();
+    }
     return;
   }
   if (view.chosen.layer !== detail.layer || view.chosen.position !== detail.position) [layer, position] = [detail.layer, detail.position];

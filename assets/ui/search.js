@@ -148,7 +148,8 @@ function startSearch() {
 }
 
 function sought(next) {
-  if (!isSearching || (next.run !== search && next.run !== -1)) return;
+  if (next.run !== search && next.run !== -1) return;
+  if (!isSearching && !next.found) return; // it was cancelled, unless that came too late
   if (next.searching) {
     drawSearching(...next.searching);
     return;

@@ -537,9 +537,12 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
         )
         rates.cancel(do.cancel("measure"), None, None, **past_the_queue)
         depths.cancel(do.cancel("inside"), None, None, **past_the_queue)
-        for heard, handle in ((depths.read, do.read_inside), (depths.measure, do.measure_writers)):
+        for heard, handle, failure in (
+            (depths.read, do.read_inside, nothing_found),
+            (depths.measure, do.measure_writers, failed),
+        ):
             heard(handle, visit, depths, **(many | {"concurrency_limit": 2})).failure(
-                failed, None, depths, queue=False, **quiet
+                failure, None, depths, queue=False, **quiet
             )
         grid.show(do.show_cells, visit, grid, **past_the_queue)
         found = grid.search(
