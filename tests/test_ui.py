@@ -25,7 +25,7 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, BrowserType, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, BrowserType, Locator, Page, Route, expect, sync_playwright
 
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import DirectionError, random_like
@@ -418,6 +418,17 @@ def tab(watched) -> Page:
 
 def idle(tab: Page) -> None:
     expect(tab.locator(".turns")).to_have_attribute("aria-busy", "false", timeout=30_000)
+
+
+@contextlib.contextmanager
+def held(tab: Page, requests: str) -> Iterator[None]:
+    """Such requests of the page wait until the block ends."""
+    waiting: list[Route] = []
+    tab.route(requests, lambda route: waiting.append(route))
+    yield
+    for route in waiting:
+        route.continue_()
+    tab.unroute(requests)
 
 
 def ask(tab: Page, text: str) -> None:
@@ -1212,10 +1223,12 @@ def test_measuring_can_be_cancelled(tab):
     tab.get_by_label("test prompts of each class").fill("100")
     tab.get_by_role("button", name="Measure", exact=True).click()
     expect(tab.locator("#measure [data-measuring]")).to_contain_text("completing prompts", timeout=30_000)
-    tab.get_by_role("button", name="Cancel").click()
-    expect(tab.locator("#measure [data-measuring]")).to_have_text("Cancelled.")
     start = tab.get_by_role("button", name="Measure", exact=True)
-    expect(start).to_have_attribute("aria-disabled", "false")
+    with held(tab, "**/run/predict*"):  # the page waits for nobody
+        tab.get_by_role("button", name="Cancel").click()
+        expect(start).to_have_attribute("aria-disabled", "false")
+        tab.wait_for_timeout(500)
+        expect(tab.locator("#measure [data-measuring]")).to_have_text("Cancelled.")
     tab.get_by_label("test prompts of each class").fill("5")
     tab.locator("#measure [data-length]").fill("2")
     tab.get_by_label("judged by").select_option("paper")

@@ -1,6 +1,5 @@
 """What the tab Map promises: prompts on several axes, moved without the server, found, listed, and asked in Talk."""
 
-import contextlib
 import json
 import re
 import threading
@@ -10,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, Route, expect
+from playwright.sync_api import Page, expect
 from test_ui import (
     WIDER,
     App,
     chromium,
+    held,
     launch,
     open_map,
     open_tab,
@@ -353,21 +353,10 @@ def test_what_is_drawn_around_is_listed_by_class_and_stays_listed_in_other_layer
     expect(tab.locator("[data-list]")).to_be_hidden()
 
 
-@contextlib.contextmanager
-def nothing_sent(tab: Page) -> Iterator[None]:
-    """What the page asks meanwhile waits until the block ends."""
-    held: list[Route] = []
-    tab.route("**/queue/join*", lambda route: held.append(route))
-    yield
-    for route in held:
-        route.continue_()
-    tab.unroute("**/queue/join*")
-
-
 def test_axes_that_are_left_before_they_arrive_leave_the_map_as_it_is_and_can_be_had_again(tab):
     open_map(tab)
     busy, axes = tab.locator(".map-body[aria-busy='true']"), tab.locator("[data-axes]")
-    with nothing_sent(tab):
+    with held(tab, "**/queue/join*"):
         axes.select_option("along")
         expect(busy).to_have_count(1)
         axes.select_option("pca")
@@ -378,7 +367,7 @@ def test_axes_that_are_left_before_they_arrive_leave_the_map_as_it_is_and_can_be
     expect(tab.locator("[data-map]")).to_contain_text("along the direction")
     points = "document.querySelector('[data-map]').data[0].x.join()"
     before = tab.evaluate(points)
-    with nothing_sent(tab):
+    with held(tab, "**/queue/join*"):
         tab.locator("#map [data-position]").select_option("-2")
         axes.select_option("pca")
         axes.select_option("along")
