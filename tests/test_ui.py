@@ -1168,7 +1168,9 @@ def test_rates_and_curves_are_measured_with_transcripts_and_files(tab, ready, tm
     expect(added).to_contain_text("refused 100.0 %")
     added.click()
     expect(tab.locator(".transcripts li")).to_have_count(6)
+    tab.set_viewport_size({"width": SIZE["width"], "height": 300})  # then the list of replies scrolls
     assert not serious_faults(tab)
+    tab.set_viewport_size(SIZE)
     assert set(tab.locator(".transcripts .tag").all_inner_texts()) == {"refused"}
     expect(tab.locator("[data-figure='add refusal'] .main-svg").first).to_be_visible(timeout=60_000)
     saved = {}

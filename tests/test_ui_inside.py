@@ -110,13 +110,14 @@ def test_measuring_the_parts_can_be_cancelled_and_begun_again(tab):
     expect(every).to_have_attribute("aria-disabled", "false", timeout=60_000)
     every.click()
     expect(every).to_have_attribute("aria-disabled", "true")
+    expect(said).to_contain_text("patching parts", timeout=30_000)
     cancel = tab.locator("#inside").get_by_role("button", name="Cancel")
     with held(tab, "**/run/predict*"):
         cancel.press("Enter")
         expect(said).to_have_text("Cancelled.")
         expect(measure).to_be_focused()
         expect(cancel).to_be_hidden()
-        tab.wait_for_timeout(500)
+        tab.wait_for_timeout(1500)
         expect(said).to_have_text("Cancelled.")  # what is measured until it is heard is not shown
     measure.click()
     expect(tab.locator("[data-top] tr")).to_have_count(8)
