@@ -12,6 +12,7 @@ is needed and not given is found first; a search that was made before is recalle
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 
@@ -41,6 +42,9 @@ Searches are kept in the user's cache folder, or in REFUSAL_CACHE if that is set
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 for an expected failure, 2 for usage, 130 when interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file on Windows takes no ‖r‖
+            stream.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(
         prog="python -m refusal_core",
         usage="%(prog)s COMMAND [MODEL] [options]",

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from refusal_core.chat_model import Batch, ChatModel, Conversation, Output
 from refusal_core.directions import Direction
-from refusal_core.interventions import Row
+from refusal_core.interventions import Intervention, Row
 from refusal_core.metrics import refusal_score
+from refusal_core.prompts import PromptError
 from refusal_core.selection import Progress
 
 BATCH_TOKENS = 4096
@@ -59,6 +60,9 @@ def read_along(
     strength 1 the reading is zero by construction: what is to mean something is read by the untouched model. Raises PromptError and ModelError as
     `ChatModel.logits` does.
     """
+    _check(model, direction)
+    if not conversations or (layers is not None and not layers):
+        return []
     batch = model.continued(conversations, replies or [()] * len(conversations))
     wanted = range(model.n_layers) if layers is None else layers
     # Of a long prompt a few layers at a time: their whole stream would fill the memory, to be projected on one vector.
@@ -85,7 +89,11 @@ class Words:
 
 
 def words(model: ChatModel, direction: Direction, *, final_norm: bool, n: int = 20) -> Words:
-    """What `direction` says through the unembedding: of r̂ itself, or of ‖r‖ r̂ after the final norm."""
+    """What `direction` says through the unembedding: of r̂ itself, or of ‖r‖ r̂ after the final norm.
+
+    Raises ModelError for a direction of another model.
+    """
+    _check(model, direction)
     logits = model.unembed(direction.unit * (direction.norm if final_norm else 1.0), final_norm=final_norm)
 
     def extreme(largest: bool) -> tuple[tuple[str, float], ...]:
@@ -114,13 +122,23 @@ class Writers:
 def write_along(
     model: ChatModel, harmful: Sequence[Conversation], harmless: Sequence[Conversation], direction: Direction
 ) -> Writers:
-    """Direct attribution of `direction` over two lists of prompts. Raises PromptError as `ChatModel.render` does."""
+    """Direct attribution of `direction` over two lists of prompts.
+
+    Raises PromptError as `ChatModel.render` does, for an empty list and a prompt in which the direction's position is not,
+    and ModelError for a direction of another model.
+    """
+    _check(model, direction)
+    _not_empty(harmful, harmless)
     position = (direction.source.position,)
     sums: list[Tensor] = []
     head_sums: list[Tensor] = []
     for prompts in (harmful, harmless):
         total, head_total = torch.zeros(len(model.writers)), torch.zeros(())
         for batch in model.batches(prompts, BATCH_TOKENS):
+            if int(batch.mask.sum(-1).min()) < -position[0]:
+                raise PromptError(
+                    f"A prompt has no position {position[0]}, where the direction was read: leave it out."
+                )
             output = model.run(batch, read_writes=position)
             assert output.writes is not None
             total = total + (output.writes[:, 0].float() @ direction.unit.to(output.writes.device)).sum(0).cpu()
@@ -177,9 +195,10 @@ def attribute_writers(
 ) -> Attribution:
     """Attribution patching of every writer and head, at the template's tokens, over the pairs of `patch_writers`.
 
-    Raises PromptError as `ChatModel.render` does.
+    Raises PromptError as `ChatModel.render` does, and without a pair.
     """
     pairs = list(zip(harmful, harmless, strict=False))[:n_pairs]
+    _not_empty(pairs)
     positions = range(-model.template_positions, 0)
     effect, heads, scores = torch.zeros(len(model.writers)), torch.zeros(()), torch.zeros(2, dtype=torch.float64)
     for batch in model.batches([bad for bad, _ in pairs], GRADIENT_TOKENS):
@@ -195,6 +214,15 @@ def attribute_writers(
     mean = scores / len(pairs)
     of_heads = heads / len(pairs) if heads.ndim else None
     return Attribution(model.writers, effect / len(pairs), of_heads, mean[0].item(), mean[1].item(), len(pairs))
+
+
+def _check(model: ChatModel, direction: Direction) -> None:
+    model.check_rows([Intervention(direction, "ablate")], 1)
+
+
+def _not_empty(*prompts: Sequence[object]) -> None:
+    if not all(prompts):
+        raise PromptError("What parts do is a mean over prompts of both classes, and one has none: add some.")
 
 
 def _clean_run(model: ChatModel, prompts: Sequence[Conversation], positions: Sequence[int]) -> Output:
@@ -213,9 +241,11 @@ def patch_writers(
 ) -> Iterator[Progress | Patching]:
     """Activation patching of `writers` (None: all), at the template's tokens; yields `Progress` and, last, `Patching`.
 
-    The prompts are paired in order; setting `stop` ends the iteration early. Raises PromptError as `ChatModel.render` does.
+    The prompts are paired in order; setting `stop` ends the iteration early. Raises PromptError as `ChatModel.render` does,
+    and without a pair.
     """
     pairs = list(zip(harmful, harmless, strict=False))[:n_pairs]
+    _not_empty(pairs)
     positions = range(-model.template_positions, 0)
     names = model.writers if writers is None else tuple(writers)
     numbers = [model.writers.index(name) for name in names]

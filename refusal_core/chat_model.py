@@ -27,7 +27,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import jinja2
 import torch
 import transformers
 from jaxtyping import Bool, Float, Int
@@ -197,13 +196,15 @@ class ChatModel:
         dtype: torch.dtype | None = None,
         revision: str | None = None,
         four_bit: bool = False,
+        follow: checkpoints.Follow | None = None,
     ) -> "ChatModel":
         """The chat model in a local folder or on the Hugging Face hub.
 
         `device` defaults to CUDA, then MPS, then the CPU; `dtype` to bfloat16, float16 and float32 there. "auto" is the
         GPU that holds the whole model, or else all GPUs, the memory and, at last, the disk; a mapping gives names of
         modules such as "model.layers.3" a device or "disk" (`placement`). `four_bit` keeps the weights of linear layers
-        as NF4, on CUDA only; heads cannot be told apart then.
+        as NF4, on CUDA only; heads cannot be told apart then. `follow` is told how many bytes of how many have been fetched
+        from the hub, instead of a bar in the terminal; what it raises ends that.
 
         Raises ModelError, in one sentence with the remedy and before anything large is fetched or read, if the model is
         missing, gated, offline, quantised, has no safetensors weights, no chat template, code of its own, does not fit
@@ -224,7 +225,7 @@ class ChatModel:
             folder=folder,
         )
         told = placement.plan(name, outline._model, placed)
-        checkpoints.fetch(checkpoint)
+        checkpoints.fetch(checkpoint, follow)
         with contextlib.ExitStack() as stack:
             told = stack.enter_context(placement.offload_folder(told))
             try:
@@ -381,8 +382,10 @@ class ChatModel:
                 tokenize=False,
                 **switch,
             )
-        except jinja2.TemplateError as error:
-            raise PromptError(f"The chat template of {self.name} does not take this conversation: {error}.") from error
+        except checkpoints.BROKEN_TEMPLATE as error:
+            raise PromptError(
+                f"The chat template of {self.name} does not take this conversation: {checkpoints.first_line(error)}."
+            ) from error
         return cast(str, text)
 
     def batches(self, conversations: Sequence[Conversation], max_tokens: int = 4096) -> Iterator[Batch]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 import transformers
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -35,7 +36,15 @@ SMALL_FILES = [
 """What is fetched to judge a model by."""
 
 INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
 
+BROKEN_TEMPLATE = (
+    jinja2.TemplateError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError,
+)  # fmt: skip
+"""What a chat template may raise, which is code of whoever wrote the checkpoint."""
+
+Follow = Callable[[int, int], None]
+"""Is told how many bytes of how many have been fetched; what it raises ends that."""
 
 COUNTS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
@@ -68,14 +77,18 @@ def find(name: str, revision: str | None = None) -> Checkpoint:
     Raises ModelError if it is missing, gated, offline, broken, quantised, or has no safetensors weights, no chat
     template or code of its own.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError):  # too long for a path, or in the home of a user who is not there
+        path, is_folder, is_file = Path(), False, True
+    if is_folder:
         if revision is not None:  # it would be given as the source of every direction and report
             raise ModelError(f"{name} is a folder, which has no revision {revision!r}: leave it out, or give a hub id.")
         return _judge(name, path, None, _sizes(path), on_hub=False)
-    if path.is_file() or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if is_file or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ModelError(
-            f"There is no model folder {name!r}: give a folder with config.json and .safetensors files, or a hub id "
+            f"There is no model folder {name[:200]!r}: give a folder with config.json and .safetensors files, or a hub id "
             "such as Qwen/Qwen2.5-0.5B-Instruct."
         )
     with answers(name, revision, ModelError, "model"):
@@ -91,8 +104,11 @@ def find(name: str, revision: str | None = None) -> Checkpoint:
     return _judge(name, folder, folder.name, listed, on_hub=True)
 
 
-def fetch(checkpoint: Checkpoint) -> None:
-    """Downloads the weights that are not in the folder yet; raises ModelError where the disk or the hub fails."""
+def fetch(checkpoint: Checkpoint, follow: Follow | None = None) -> None:
+    """Downloads the weights that are not in the folder yet; raises ModelError where the disk or the hub fails.
+
+    Without `follow` a bar is drawn in the terminal. What was fetched before it raised is not fetched again.
+    """
     if not checkpoint.on_hub:
         return
     cache = Path(hub_constants.HF_HUB_CACHE)
@@ -104,8 +120,29 @@ def fetch(checkpoint: Checkpoint) -> None:
         )
     with answers(checkpoint.name, checkpoint.revision, ModelError, "model"):
         huggingface_hub.snapshot_download(
-            checkpoint.name, revision=checkpoint.revision, allow_patterns=list(checkpoint.weights)
+            checkpoint.name,
+            revision=checkpoint.revision,
+            allow_patterns=list(checkpoint.weights),
+            tqdm_class=None if follow is None else _telling(follow, checkpoint.missing),
         )
+
+
+def _telling(follow: Follow, total: int) -> type[tqdm]:
+    """A bar that is not drawn. Bytes are counted twice, as they come and as they are written: who is ahead is told."""
+    done: dict[int, int] = {}
+
+    class Telling(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._counts_bytes = kwargs.get("unit") == "B"
+            super().__init__(*args, **(kwargs | {"disable": True}))
+
+        def update(self, n: int | float | None = 1) -> bool | None:
+            if self._counts_bytes:
+                done[id(self)] = done.get(id(self), 0) + int(n or 0)
+                follow(min(max(done.values()), total), total)
+            return super().update(n)
+
+    return Telling
 
 
 def read_weights(checkpoint: Checkpoint, dtype: torch.dtype, **where: Any) -> "transformers.PreTrainedModel":
@@ -149,9 +186,9 @@ def weights_in(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Names the weights themselves: a hash of the config and of each safetensors file's size, header and samples."""
+    """Names the weights themselves: a hash of the config and of each of its files' size, header and samples."""
     digest = hashlib.sha256(json.dumps(_config_json(folder), sort_keys=True).encode())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weights_in(folder):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
@@ -186,6 +223,8 @@ def _judge(name: str, folder: Path, revision: str | None, files: dict[str, int],
     if refusal := _no_weights(name, files):
         raise refusal
     weights = _weights(folder, files)
+    if absent := sorted(set(weights) - set(files)):
+        raise ModelError(f"The checkpoint {name} is incomplete: {absent[0]} is missing. Fetch or copy it again.")
     missing = sum(files.get(file, 0) for file in weights if not (folder / file).exists())
     return Checkpoint(name, folder, revision, config, _load_tokenizer(folder, name), weights, on_hub, missing)
 
@@ -207,11 +246,14 @@ def _no_weights(name: str, files: Collection[str]) -> ModelError | None:
 
 
 def _weights(folder: Path, files: Collection[str]) -> tuple[str, ...]:
-    """The files that the index names, where there is one: some models keep the same weights twice."""
-    if INDEX not in files:
+    """The files that transformers reads: the one, or those that the index names. Some models keep the same weights twice."""
+    if "model.safetensors" in files or INDEX not in files:
         return ("model.safetensors",)
     try:
-        return tuple(sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values())))
+        named = set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values())
+        if not named or not all(isinstance(file, str) and SHARD.fullmatch(file) for file in named):
+            raise ValueError("it does not name .safetensors files beside it")
+        return tuple(sorted(named))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{INDEX} cannot be read ({first_line(error)}): fetch or copy the checkpoint again."
@@ -280,7 +322,7 @@ def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerFast:
         )
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False)
-    except (jinja2.TemplateError, ValueError, TypeError) as error:
+    except BROKEN_TEMPLATE as error:
         raise ModelError(
             f"The chat template of {name} does not take a message ({first_line(error)}): fetch or copy the checkpoint again."
         ) from error

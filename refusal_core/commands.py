@@ -22,7 +22,7 @@ from refusal_core.generation import MAX_NEW_TOKENS
 from refusal_core.hub import HARMFUL, NAMES
 from refusal_core.interventions import Kind
 from refusal_core.metrics import finite
-from refusal_core.orthogonalize import NEEDS_MEAN, VARIANTS, export
+from refusal_core.orthogonalize import NEEDS_MEAN, VARIANTS, check_new, export
 from refusal_core.placement import add_placement, read_placement
 from refusal_core.prompts import PromptError, PromptSet, Split, load_prompts, pinned
 from refusal_core.selection import KL_LIMIT, LAYER_SHARE, By, CandidateScore, Found, Rule, find_direction
@@ -32,7 +32,7 @@ DISCARDED: dict[Rule, str] = {
     "zero": "numerically zero: harmful and harmless prompts are the same there",
     "layer": f"in the last {1 - LAYER_SHARE:.0%} of the layers",
     "late": "read at the last token, above the layers where other positions score highest (COSMIC)",
-    "induce": "adding it does not make harmless prompts refused (induce < 0)",
+    "induce": "adding it does not make harmless prompts start like a refusal (induce < 0)",
     "kl": f"removing it changes harmless replies (kl > {KL_LIMIT})",
     "nan": "a score is not a number",
 }
@@ -85,7 +85,11 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
     lists.add_argument("--seed", type=int, default=0, help="draws the prompts; default: 0")
     common.add_argument("--no-cache", action="store_true", help="search anew, and keep nothing")
     given = argparse.ArgumentParser(add_help=False)
-    given.add_argument("--direction", type=Path, metavar="FILE", help="a direction saved by find; default: find it")
+    given.add_argument(
+        "--direction", type=Path, metavar="FILE",
+        help="a direction: a file or a folder that find has saved, a GGUF control vector of one layer, or a run folder of the "
+        "paper's code; default: find it",
+    )  # fmt: skip
     machine = argparse.ArgumentParser(add_help=False)
     machine.add_argument("--json", action="store_true", help="one JSON document on stdout, and nothing else there")
 
@@ -164,7 +168,15 @@ def _strength(text: str) -> float:
 # -- commands --------------------------------------------------------------------------------------------------------
 
 
+# What cannot be done is said before the work that it would be the end of.
+
+
 def _find(options: argparse.Namespace) -> int:
+    if options.out:
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritten(options.out, error) from error
     model = _model(options)
     found = _found(model, options, by=options.by, complete=options.complete)
     if options.out:
@@ -200,6 +212,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _evaluate_here(options: argparse.Namespace, prompts: PromptSet, how: dict[str, Any]) -> Report:
+    for folder in options.exported:
+        if not Path(folder).is_dir():
+            raise ModelError(f"There is no folder {folder!r}: name one that export has written.")
     model = _model(options)
     classifier = ChatModel.load(options.classifier, **read_placement(options)) if options.classifier else None
     direction = _direction(model, options)
@@ -215,6 +230,9 @@ def _evaluate_here(options: argparse.Namespace, prompts: PromptSet, how: dict[st
 
 
 def _export(options: argparse.Namespace) -> int:
+    check_new(options.out)
+    if options.strength != 1.0 and options.variant != "addition":
+        raise ModelError(f"{options.variant!r} has no strength: leave --strength out, or take --variant addition.")
     model = _model(options)
     found = _found_with(options.direction) if options.direction else _found(model, options)
     direction = load_direction(model, options.direction) if options.direction else None
@@ -282,7 +300,11 @@ def _save(found: Found, folder: Path) -> None:
     try:
         save_found(found, folder)
     except UNWRITTEN as error:
-        raise DirectionError(f"{folder} cannot be written ({error}): name another folder.") from error
+        raise _unwritten(folder, error) from error
+
+
+def _unwritten(folder: Path, error: Exception) -> DirectionError:
+    return DirectionError(f"{folder} cannot be written ({error}): name another folder.")
 
 
 def _named(model: ChatModel, found: Found) -> dict:

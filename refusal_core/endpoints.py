@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import queue
+import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -179,7 +180,8 @@ def named(endpoint: Endpoint, stop: threading.Event | None = None) -> Endpoint:
     async def ask(client: httpx2.AsyncClient) -> None:
         found.append(await _named(client, endpoint))
 
-    asyncio.run(_with_client(ask, stop))
+    with ThreadPoolExecutor(1, "endpoints") as pool:  # a notebook has an event loop in this thread
+        pool.submit(asyncio.run, _with_client(ask, stop)).result()
     return found[0] if found else endpoint
 
 
@@ -204,6 +206,8 @@ async def _reply(
     """The reply while it grows; raises EndpointError."""
     endpoint = await _named(client, endpoint)
     said = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else list(conversation)
+    if any(re.search("[\ud800-\udfff]", str(text)) for message in said for text in message.values()):
+        raise EndpointError("The prompt has characters that are no text: type them anew.")
     body = {
         "model": endpoint.model,
         "messages": said,

@@ -573,6 +573,7 @@ def dose_response(
     `writers` confines an ablation as in `Intervention`. Raises PromptError and ModelError as `ChatModel.logits` does.
     """
     scales = tuple(scales) if scales is not None else REMOVALS if kind == "ablate" else ADDITIONS
+    model.check_rows([Intervention(direction, kind)], 1)
     (prompt,) = model.batches([conversation])
     layer = direction.source.layer
     start = None

@@ -63,6 +63,9 @@ BROKEN = (
 _ENTRY = re.compile("[0-9a-f]{32}")
 """What an entry of the cache is called: whatever else is in that folder is not this program's to remove."""
 
+FILES = ("direction.safetensors", "activations.safetensors", "found.json")
+"""Of a search; without the last it is none."""
+
 ACTIVATIONS = ("directions", "harmful", "harmless", "val_harmful", "val_harmless")
 
 
@@ -109,12 +112,21 @@ def find_or_recall(
 
 
 def save_found(found: Found, folder: Path) -> None:
-    """Writes what was found into `folder`, which is made if it is not there."""
+    """Writes what was found into `folder`, which is made if it is not there.
+
+    Whoever is interrupted leaves what was there before, or no finished search: never the files of two.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    found.direction.save(folder / "direction.safetensors")
-    tensors = {name: getattr(found, name).contiguous() for name in ACTIVATIONS}
-    safetensors.torch.save_file(tensors, folder / "activations.safetensors")
-    (folder / "found.json").write_text(json.dumps(as_json(found), indent=1, allow_nan=False) + "\n", "utf-8")
+    remove_left_behind(folder, r"\.new-(\d+)-\w+")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".new-{os.getpid()}-") as name:
+        made = Path(name)
+        found.direction.save(made / FILES[0])
+        tensors = {name: getattr(found, name).contiguous() for name in ACTIVATIONS}
+        safetensors.torch.save_file(tensors, made / FILES[1])
+        (made / FILES[2]).write_text(json.dumps(as_json(found), indent=1, allow_nan=False) + "\n", "utf-8")
+        (folder / FILES[2]).unlink(missing_ok=True)
+        for file in FILES:
+            (made / file).replace(folder / file)
 
 
 def as_json(found: Found) -> dict[str, Any]:
@@ -145,13 +157,13 @@ def _candidate(score: CandidateScore, rejected: Rule | None) -> dict[str, Any]:
 def load_found(folder: Path) -> Found:
     """What `save_found` wrote; raises DirectionError if it is not there or broken."""
     try:
-        said = json.loads((folder / "found.json").read_text("utf-8"))
-        tensors = safetensors.torch.load_file(folder / "activations.safetensors")
+        said = json.loads((folder / FILES[2]).read_text("utf-8"))
+        tensors = safetensors.torch.load_file(folder / FILES[1])
         scores = tuple(
             CandidateScore(**{k: v for k, v in row.items() if k != "rejected"}) for row in said["candidates"]
         )
-        direction = Direction.load(folder / "direction.safetensors")
-        _check(said, tensors, scores, len(direction.unit))
+        direction = Direction.load(folder / FILES[0])
+        _check(said, tensors, scores, direction)
         source = direction.source
         by = choose_contrast if source.contrast else choose_cosmic if source.chosen_by else choose
         return Found(
@@ -182,10 +194,10 @@ def _cell(score: CandidateScore | None) -> dict[str, int] | None:
 
 
 def _check(
-    said: dict[str, Any], tensors: dict[str, torch.Tensor], scores: Sequence[CandidateScore], d_model: int
+    said: dict[str, Any], tensors: dict[str, torch.Tensor], scores: Sequence[CandidateScore], direction: Direction
 ) -> None:
     """Raises ValueError where the parts of a search do not fit together, which nothing else would notice until later."""
-    n_pos, n_layers, _ = tensors["directions"].shape
+    (n_pos, n_layers, _), d_model = tensors["directions"].shape, len(direction.unit)
     if tensors["directions"].shape[2] != d_model or not all(tensors[name].is_floating_point() for name in ACTIVATIONS):
         raise ValueError("its differences of means are not of the width of its direction")
     for name in ACTIVATIONS[1:]:
@@ -193,6 +205,11 @@ def _check(
             raise ValueError(f"the activations “{name}” have the shape {tuple(tensors[name].shape)}")
     if [(s.pos, s.layer) for s in scores] != [(pos, layer) for pos in range(-n_pos, 0) for layer in range(n_layers)]:
         raise ValueError("its candidates are not those of its differences of means")
+    read_at = direction.source.position, direction.source.layer
+    if read_at not in {(s.pos, s.layer) for s in scores} or not torch.allclose(
+        tensors["directions"][read_at].float(), (direction.norm * direction.unit).float(), rtol=1e-3, atol=1e-4
+    ):
+        raise ValueError("its direction is not one of its differences of means")
     if said["positions"] != list(range(-n_pos - 1, 0)):
         raise ValueError(f"its positions are {said['positions']}")
     texts = [said[name][cls] for name in ("prompts", "validation") for cls in CLASSES]
@@ -223,7 +240,7 @@ def _keys(
     read = [[model.render(text) for text in texts] for s in (train, val) for texts in (s.harmful, s.harmless)]
     made_from = [
         _code_version(), model.name, model.revision, model.fingerprint, model.precision, model.device.type,
-        train.source, by, list(tokens or ()), read,
+        train.source, by, [*map(int, tokens or ())], read,
     ]  # fmt: skip
     needed, whole = (hashlib.sha256(json.dumps([*made_from, complete]).encode()) for complete in (False, True))
     return needed.hexdigest()[:32], whole.hexdigest()[:32]

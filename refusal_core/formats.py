@@ -31,6 +31,7 @@ GGUF, PAPER = "a GGUF control vector", "a run of the paper's code"
 """The values of `Source.origin`."""
 
 SOURCE_KEY = "refusal_direction.source"
+SAVED = "direction.safetensors"
 METADATA = "direction_metadata.json"
 TENSORS = ("direction.pt", "mean_diffs.pt", "generate_directions/mean_diffs.pt")
 MOST_BYTES = 256 * 2**20
@@ -41,7 +42,7 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 
 
 def load_direction(model: ChatModel, path: str | Path) -> Direction:
-    """The direction of `model` in a file of a known format, or in the folder of a run of the paper's code.
+    """The direction of `model` in a file of a known format, or in the folder of a saved search or a run of the paper's code.
 
     Raises DirectionError and ModelError as `read_direction` does, and where there is no such file or it is too large.
     """
@@ -49,9 +50,11 @@ def load_direction(model: ChatModel, path: str | Path) -> Direction:
     folder = path if path.is_dir() else path.parent
     wanted = [path]
     if path.is_dir():
-        wanted = [folder / name for name in TENSORS if (folder / name).is_file()][:1]
+        wanted = [folder / name for name in (SAVED, *TENSORS) if (folder / name).is_file()][:1]
         if not wanted:
-            raise DirectionError(f"The folder {str(path)!r} has none of {', '.join(TENSORS)}: name a run's own folder.")
+            raise DirectionError(
+                f"The folder {str(path)!r} has none of {SAVED}, {', '.join(TENSORS)}: name the folder of a search or of a run."
+            )
     if wanted[0].suffix == ".pt":
         wanted.append(folder / METADATA)
     for file in wanted:
@@ -141,7 +144,7 @@ def from_gguf(data: bytes, name: str = "The file") -> Direction:
     if SOURCE_KEY in values:
         try:
             source = read_source(str(values[SOURCE_KEY]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DirectionError(
                 f"{name} says where its direction was read in a way unknown here ({error})."
             ) from error
@@ -246,7 +249,7 @@ def _from_run(model: ChatModel, name: str, data: bytes, metadata: bytes) -> Dire
             f"{name} is a tensor of shape {tuple(r.shape)}, and not one vector, or one at each of {-position} or more "
             f"positions and {model.n_layers} layers of {model.name}."
         )
-    return Direction.from_difference(r.double(), Source(layer=layer, position=position, origin=PAPER))
+    return Direction.from_difference(r, Source(layer=layer, position=position, origin=PAPER))
 
 
 def _tensor(name: str, data: bytes) -> Tensor:
@@ -265,6 +268,9 @@ def _tensor(name: str, data: bytes) -> Tensor:
         RuntimeError,
         TypeError,
         ValueError,
+        AttributeError,
+        AssertionError,
+        ArithmeticError,
     ) as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise DirectionError(
@@ -272,4 +278,4 @@ def _tensor(name: str, data: bytes) -> Tensor:
         ) from error
     if type(found) is not Tensor or not found.is_floating_point() or found.layout != torch.strided or found.is_meta:
         raise DirectionError(f"{name} does not hold one tensor of real numbers.")
-    return found
+    return found.double()

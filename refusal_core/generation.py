@@ -63,7 +63,7 @@ def stream_side_by_side(
         raise ValueError(f"A reply has 1 to {MAX_NEW_TOKENS} new tokens, not {max_new_tokens}.")
     if not 0 <= temperature <= 5:
         raise ValueError(f"The temperature is between 0 and 5, not {temperature}.")
-    noise = torch.Generator().manual_seed(seed)
+    noise = torch.Generator().manual_seed(int(seed))
     if not conversations or (stop is not None and stop.is_set()):
         return
     limits = [min(max_new_tokens, model.n_ctx - len(model.render(c))) for c in conversations]

@@ -145,7 +145,7 @@ def _stack_ablations(rows: Sequence[Row], writer: str | None) -> list[_Edit]:
         index = [row for row, mine in enumerate(ablations) if turn < len(mine)]
         mine = [ablations[row][turn] for row in index]
         units = torch.stack([i.direction.unit for i in mine])[:, None]
-        scales = torch.tensor([i.scale for i in mine])[:, None, None]
+        scales = torch.tensor([float(i.scale) for i in mine])[:, None, None]
         rounds.append(_Edit(index, units, -scales * units))
     return rounds
 
@@ -160,7 +160,7 @@ def _stack_additions(rows: Sequence[Row], layer: int) -> _Edit:
     for index, row in enumerate(rows):
         for i in row:
             if i.kind == "add" and i.direction.source.layer == layer:
-                vector = i.scale * i.direction.norm * i.direction.unit
+                vector = float(i.scale) * i.direction.norm * i.direction.unit
                 vectors[index] = vectors[index] + vector if index in vectors else vector
     return _Edit(list(vectors), torch.stack(list(vectors.values()))[:, None])
 

@@ -221,14 +221,19 @@ def export(
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
+def check_new(path: Path) -> None:
+    """Raises ModelError if there is something where an edited model is to be written."""
+    if path.exists():
+        raise ModelError(f"{path} exists already: name a new folder for the edited model.")
+
+
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[Path]:
     """A folder beside `path` that becomes `path` when the block ends well, with every byte on the disk before that.
 
     What a process that was killed has left beside it is removed. Raises ModelError if `path` exists or cannot be written.
     """
-    if path.exists():
-        raise ModelError(f"{path} exists already: name a new folder for the edited model.")
+    check_new(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_left_behind(path.parent, re.escape(f".{path.name}-") + r"(\d+)-\w+\.part")

@@ -25,6 +25,7 @@ EMBEDDED = Path(__file__).parent.parent / "assets" / "prompts.jsonl"
 MAX_CHARACTERS = 8_000
 MAX_PROMPTS = 20_000
 MAX_ROWS = 1_000_000
+MAX_UNPACKED = 2_000_000_000
 MOST_DRAWN = 1_000
 """Of a longer public list so many prompts are drawn."""
 SHARES = {"train": 0.60, "val": 0.15, "test": 0.25}
@@ -59,7 +60,7 @@ class PromptSet:
 
     def draw(self, n: int, seed: int = 0) -> "PromptSet":
         """At most `n` prompts of each class, in a seeded random order."""
-        rng = random.Random(seed)
+        rng = random.Random(int(seed))
         harmful = rng.sample(range(len(self.harmful)), min(n, len(self.harmful)))
         harmless = rng.sample(range(len(self.harmless)), min(n, len(self.harmless)))
         return self.keep(harmful, harmless)
@@ -253,11 +254,16 @@ def _parquet_rows(name: str, path: Path, columns: Sequence[str]) -> Iterator[tup
         with parquet.ParquetFile(path) as file:
             if file.metadata.num_rows > MAX_ROWS:
                 raise PromptError(f"{name} has {file.metadata.num_rows:,} rows; at most {MAX_ROWS:,} are read.")
+            groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+            n_bytes = sum(group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns))
+            if n_bytes > MAX_UNPACKED:
+                raise PromptError(f"{name} unpacks to more than {MAX_UNPACKED:,} bytes: take a part of it.")
             names = file.schema_arrow.names
             if absent := [column for column in columns if column not in names]:
                 raise _no_column(name, absent[0], names)
             number = 0
-            for batch in file.iter_batches(columns=list(columns)):
+            # Few at a time: a value that is stored once may stand in every row.
+            for batch in file.iter_batches(batch_size=256, columns=list(columns)):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"row {number}", row

@@ -353,7 +353,8 @@ def find_direction(
 ) -> Iterator[Progress | Found]:
     """Finds the model's refusal direction; yields `Progress` and, last, `Found`.
 
-    Draws 128 + 128 of `prompts` and 32 + 32 of `validation` (by default the `val` split of the same source).
+    Draws 128 + 128 of `prompts` and 32 + 32 of `validation` (by default the `val` split of the same source, and for prompts
+    that name none the embedded ones).
     `refusal_tokens` default to the first tokens most raised on harmful against harmless prompts. `by` says who chooses:
     the rule, or COSMIC, which needs no refusal tokens; without it the rule, and COSMIC where the model's own tokens say
     nothing or no candidate bypasses refusal, which the direction's source then gives with the reason. With `complete`
@@ -374,7 +375,11 @@ def find_direction(
     if not reads:
         return
     first = {cls: reads["train", cls].logits.double().softmax(-1).mean(0) for cls in ("harmful", "harmless")}
-    tokens = tuple(refusal_tokens) if refusal_tokens else derive_refusal_tokens(first["harmful"], first["harmless"])
+    tokens = (
+        tuple(map(int, refusal_tokens))
+        if refusal_tokens
+        else derive_refusal_tokens(first["harmful"], first["harmless"])
+    )
     shares = tuple(first["harmful"][t].item() for t in tokens)
     only_rule = by == "rule" or bool(refusal_tokens)
     why = "as asked for" if by == "cosmic" else ""

@@ -4,6 +4,7 @@ import refusal_core  # noqa: F401  (before torch: it says how the threads of tor
 
 # isort: split
 import contextlib
+import gc
 import os
 import resource
 import threading
@@ -29,6 +30,27 @@ HARMLESS = "How do I bake bread?"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # as many processes as cores
+
+
+SLOW = (
+    "test_ui", "test_placement", "test_ui_find", "test_organism", "test_ui_map", "test_ui_lending", "test_families",
+    "test_evaluation", "test_orthogonalize", "test_ui_inside", "test_selection", "test_endpoints", "test_chat_model",
+    "test_geometry", "test_style", "test_command_line", "test_talk", "test_checkpoints", "test_training", "test_hub",
+)  # fmt: skip
+"""The files that take longest, in this order."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow files come first, so that no process waits for the other one at the end."""
+    rank = {name: number for number, name in enumerate(SLOW)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(SLOW)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect():
+    """What is imported by now is no garbage, and is not looked through each time a model is loaded."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

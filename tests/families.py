@@ -3,6 +3,7 @@
 `python -m tests.families` prints the table; a test holds the README to it.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,15 @@ HEADS_UNKNOWN = dict.fromkeys(("Gemma 2", "Gemma 3, text", *GEMMAS_4, "OLMo 2", 
 """Why heads are not told apart: behind a norm what is written depends on all of them together."""
 
 
+@functools.cache
+def _tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(ORGANISM)
+
+
 def build(name: str, folder: Path, seed: int = 0, **other: Any) -> Path:
     """A random checkpoint of the family in `folder`, with a tokenizer and its chat template; `other` is for its config."""
     kind, special = FAMILIES[name]
-    tokenizer = AutoTokenizer.from_pretrained(ORGANISM)
+    tokenizer = _tokenizer()
     tokens = {
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,

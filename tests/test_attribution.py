@@ -1,6 +1,7 @@
 """What a look inside promises: the readings are the stream's, the parts sum to it, and a patch is what it says."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,11 +20,13 @@ from refusal_core.attribution import (
     words,
     write_along,
 )
-from refusal_core.chat_model import ChatModel
+from refusal_core.chat_model import ChatModel, ModelError
 from refusal_core.directions import Direction, Source
+from refusal_core.evaluation import dose_response
 from refusal_core.generation import stream_side_by_side
 from refusal_core.interventions import Intervention
 from refusal_core.metrics import refusal_score
+from refusal_core.prompts import PromptError
 from refusal_core.selection import Found
 
 
@@ -275,3 +278,31 @@ def test_a_stream_and_a_reading_agree_on_what_was_said(model: ChatModel, directi
     ids = [step.tokens[0] for step in steps if step.tokens[0] is not None]
     (reading,) = read_along(model, [HARMLESS], direction, [ids])
     assert "".join(reading.tokens[-len(ids) :]) == steps[-1].texts[0]
+
+
+def test_a_direction_of_another_model_or_no_prompt_is_a_sentence_and_no_number(model: ChatModel, direction: Direction):
+    others = (
+        replace(direction, source=replace(direction.source, fingerprint="of another model")),
+        replace(direction, source=replace(direction.source, layer=99)),
+        Direction(torch.eye(5)[0], 1.0, Source(layer=1)),
+    )
+    for other in others:
+        for ask in (
+            lambda d: read_along(model, [HARMFUL], d),
+            lambda d: words(model, d, final_norm=True),
+            lambda d: write_along(model, [HARMFUL], [HARMLESS], d),
+            lambda d: dose_response(model, HARMFUL, d, "add", [1]),
+        ):
+            with pytest.raises(ModelError, match="Find the direction of this model"):
+                ask(other)
+    for harmful, harmless in (([], [HARMLESS]), ([HARMFUL], [])):
+        with pytest.raises(PromptError, match="one has none"):
+            write_along(model, harmful, harmless, direction)
+        with pytest.raises(PromptError, match="one has none"):
+            attribute_writers(model, harmful, harmless, [1])
+        with pytest.raises(PromptError, match="one has none"):
+            list(patch_writers(model, harmful, harmless, [1]))
+    far = replace(direction, source=replace(direction.source, position=-99))
+    with pytest.raises(PromptError, match="no position -99"):
+        write_along(model, [HARMFUL], [HARMLESS], far)
+    assert read_along(model, [], direction) == read_along(model, [HARMFUL], direction, layers=[]) == []

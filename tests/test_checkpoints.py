@@ -214,3 +214,62 @@ def test_weights_in_shards_are_fetched_by_their_index(hub: Hub, tiny: Path, tmp_
     hub.repos[NAME] = Repo({FIRST: folder})
     assert torch.equal(load().logits(["Hi"]), load(tiny).logits(["Hi"]))
     assert {file for file in hub.requested if is_weights(file)} == shards
+
+
+@pytest.mark.parametrize(
+    "file", ["weights.bin", "*", "../elsewhere/model.safetensors", "a/model.safetensors", 1, None, ""]
+)
+def test_an_index_that_names_no_safetensors_beside_it_is_refused_and_nothing_it_names_is_asked_for(
+    hub: Hub, tiny: Path, tmp_path, file
+):
+    folder = shutil.copytree(tiny, tmp_path / "repo")
+    (folder / "model.safetensors").rename(folder / "weights.bin")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+    hub.repos[NAME] = Repo({FIRST: folder})
+    for name in (folder, NAME):
+        with pytest.raises(ModelError, match=r"does not name \.safetensors files beside it"):
+            load(name)
+    assert not any(map(is_weights, hub.requested))
+
+
+def test_other_weights_in_the_folder_are_no_part_of_the_model(tiny: Path, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "repo")
+    fingerprint = load(folder).fingerprint
+    (folder / "consolidated.safetensors").write_bytes(b"the same weights once more")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "another.safetensors"}}')
+    assert load(folder).fingerprint == fingerprint == load(tiny).fingerprint
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"incomplete: another\.safetensors is missing"):
+        load(folder)
+
+
+def test_a_download_is_followed_byte_by_byte_and_ends_where_it_is_not_wanted(hub: Hub, tiny: Path):
+    hub.repos[NAME] = Repo({FIRST: tiny})
+    size = (tiny / "model.safetensors").stat().st_size
+    told: list[tuple[int, int]] = []
+
+    def enough(done: int, total: int) -> None:
+        raise ModelError("Not wanted any more.")
+
+    with pytest.raises(ModelError, match="Not wanted"):
+        load(follow=enough)
+    load(follow=lambda done, total: told.append((done, total)))
+    assert told[-1] == (size, size) and told == sorted(told)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/model", "a" * 5000, "a/" * 3000])
+def test_a_name_that_can_be_no_folder_is_one_sentence(name):
+    with pytest.raises(ModelError, match="There is no model folder"):
+        load(name)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1/0 }}", "{{ messages[7].x.y }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"]
+)
+def test_a_template_that_fails_in_any_way_is_one_sentence(tiny: Path, tmp_path, template):
+    folder = shutil.copytree(tiny, tmp_path / "repo")
+    for file in folder.glob("*.jinja"):
+        file.write_text(template)
+    with pytest.raises(ModelError, match="does not take a message") as refused:
+        load(folder)
+    assert "\n" not in str(refused.value)

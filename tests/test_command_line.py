@@ -1,6 +1,7 @@
 """What the command line promises: exit codes, one document on stdout, and a second search that is none."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from conftest import no_room
 from test_terminal import Terminal
 
 from refusal_core import __main__ as command_line
-from refusal_core import findings
+from refusal_core import commands, findings
 from refusal_core.commands import RUN
 from refusal_core.directions import Direction
 from refusal_core.findings import CACHE_VARIABLE, load_found, save_found
@@ -142,3 +143,28 @@ def test_ctrl_c_is_one_sentence_and_status_130(lists, capsys, monkeypatch):
     assert main(["find", *lists, "--no-cache", "--device", "cpu"]) == 130
     assert terminal.getvalue().endswith("\nInterrupted: nothing is left half-written.\n")
     assert capsys.readouterr().out == ""
+
+
+def test_what_would_fail_at_the_end_is_said_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(commands, "_model", lambda options: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("")
+    for given, says in (
+        (["export", "--out", str(tmp_path)], "exists already"),
+        (["export", "--out", str(tmp_path / "new"), "--strength", "2"], "has no strength"),
+        (["find", "--out", str(tmp_path / "file" / "out")], "cannot be written"),
+        (["evaluate", "--exported", str(tmp_path / "missing")], "no folder"),
+    ):
+        assert main(given) == 1
+        printed = capsys.readouterr()
+        assert says in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_a_file_that_takes_no_mathematics_gets_the_table_all_the_same(lists, tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-m", "refusal_core", "find", *lists, "--device", "cpu"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        cwd=ROOT,
+        capture_output=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert b"chosen: position" in ran.stdout

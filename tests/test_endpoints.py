@@ -1,5 +1,6 @@
 """What servers promise: the text that hooks here would give, and a sentence for everything that goes wrong with them."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -11,8 +12,7 @@ from pathlib import Path
 
 import pytest
 from endpoints import Scripted, piece, send, stream, transformers_serve
-from playwright.sync_api import expect
-from test_ui import chromium, idle, open_tab, running
+from test_ui import chromium, expect, idle, open_tab, running
 
 from refusal_core.__main__ import main
 from refusal_core.chat_model import ORGANISM
@@ -334,3 +334,13 @@ def test_the_page_streams_both_servers_explains_what_is_closed_and_keeps_everyth
         assert not seen.faults
         assert not [url for url in seen.urls if not url.startswith((app.url, "data:", "blob:"))]
         tab.context.close()
+
+
+def test_a_server_can_be_asked_where_an_event_loop_runs_and_half_a_character_is_a_sentence():
+    async def in_a_notebook(endpoint: Endpoint) -> Endpoint:
+        return named(endpoint)
+
+    with scripted(stream(piece("Hi."))) as server:
+        assert asyncio.run(in_a_notebook(Endpoint.read(server.url))).model
+        *_, (_, received) = stream_replies([(Endpoint.read(server.url), "\ud800 hi")], max_new_tokens=8)
+    assert "no text" in received.problem

@@ -19,6 +19,7 @@ from families import build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refusal_core import evaluation
+from refusal_core.__main__ import main
 from refusal_core.chat_model import ChatModel, ModelError
 from refusal_core.directions import random_like
 from refusal_core.evaluation import (
@@ -261,7 +262,7 @@ def test_a_removal_from_some_parts_and_one_from_all_never_share_a_reply_or_a_nam
     assert [rate.row for rate in both.rates[:2]] == ["direction removed", "direction removed from MLP 1"]
 
 
-def test_a_killed_process_leaves_a_journal_that_another_one_goes_on_from(found: Found, tmp_path):
+def test_a_killed_process_leaves_a_journal_that_another_one_goes_on_from(found: Found, tmp_path, capsys):
     journal = tmp_path / "journal"
     found.direction.save(tmp_path / "direction.safetensors")
     command = [
@@ -275,6 +276,8 @@ def test_a_killed_process_leaves_a_journal_that_another_one_goes_on_from(found: 
         str(tmp_path / "direction.safetensors"),
         "--resume",
         str(journal),
+        "--max-new-tokens",
+        "16",
         "--json",
     ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -285,8 +288,9 @@ def test_a_killed_process_leaves_a_journal_that_another_one_goes_on_from(found: 
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     kept = journal.read_bytes()
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    measured = json.loads(again.stdout)
+    assert kept.count(b"\n") < 4 * 28, "it was killed too late"
+    assert main(command[3:]) == 0
+    measured = json.loads(capsys.readouterr().out)
     assert journal.read_bytes().startswith(kept[: kept.rindex(b"\n") + 1])
     assert len(measured["completions"]) == 4 * 28
     assert [r["n"] for r in measured["rates"] if r["harmful"] and r["row"] == "direction removed"] == [14]

@@ -222,3 +222,19 @@ def test_a_cache_that_can_only_be_read_is_read(model: ChatModel, found, searches
     monkeypatch.setattr(findings.os, "utime", refuse)  # tests may run as root, who may write everywhere
     assert same(recall(model), found)
     assert len(searches) == 1
+
+
+def test_a_save_that_fails_leaves_the_search_that_was_there_and_files_of_two_searches_are_none(
+    model: ChatModel, found: Found, tmp_path
+):
+    *_, other = find_contrast(model, load_prompts("train").draw(4), load_prompts("val").draw(3))
+    assert isinstance(other, Found)
+    save_found(found, tmp_path / "one")
+    save_found(other, tmp_path / "two")
+    with no_room(1000), pytest.raises(findings.UNWRITTEN):
+        save_found(other, tmp_path / "one")
+    assert same(load_found(tmp_path / "one"), found)
+    assert {path.name for path in (tmp_path / "one").iterdir()} == set(findings.FILES)
+    (tmp_path / "two" / findings.FILES[0]).replace(tmp_path / "one" / findings.FILES[0])
+    with pytest.raises(DirectionError, match="not one of its differences of means"):
+        load_found(tmp_path / "one")

@@ -18,7 +18,8 @@ from torch.testing import assert_close
 from refusal_core.__main__ import main
 from refusal_core.chat_model import ChatModel, ModelError
 from refusal_core.directions import Direction, DirectionError
-from refusal_core.formats import GGUF, METADATA, PAPER, from_gguf, load_direction, read_direction, to_gguf
+from refusal_core.findings import save_found
+from refusal_core.formats import ALIGNMENT, GGUF, METADATA, PAPER, from_gguf, load_direction, read_direction, to_gguf
 from refusal_core.interventions import Intervention
 
 
@@ -207,7 +208,7 @@ def test_what_is_no_run_of_the_papers_code_is_one_sentence(model: ChatModel, tmp
     with pytest.raises(DirectionError, match=f"no file .*{METADATA}"):
         load_direction(model, tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DirectionError, match=r"has none of direction\.pt"):
+    with pytest.raises(DirectionError, match=r"has none of direction\.safetensors, direction\.pt"):
         load_direction(model, tmp_path / "empty")
 
 
@@ -215,3 +216,28 @@ def test_the_command_line_takes_every_format_by_its_ending(tmp_path, capsys):
     (tmp_path / "x.gguf").write_bytes(b"hello")
     assert main(["export", "--direction", str(tmp_path / "x.gguf"), "--out", str(tmp_path / "out")]) == 1
     assert "x.gguf cannot be read as GGUF" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_hostile_source_and_odd_tensors_are_one_sentence(model: ChatModel, direction: Direction):
+    class Nothing:
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor_v2, (None, 0, (1,), (1,), False, {})
+
+    vector = to_gguf(model, direction)
+    source = vector.index(b"{", vector.index(b"refusal_direction.source"))
+    (length,), deep = struct.unpack("<Q", vector[source - 8 : source]), 100_000 // ALIGNMENT * ALIGNMENT
+    length, deep = int(length), deep + int(length) % ALIGNMENT
+    hostile = vector[: source - 8] + struct.pack("<Q", deep) + b"[" * deep + vector[source + length :]
+    with pytest.raises(DirectionError, match=r"in a way unknown here"):
+        from_gguf(hostile)
+    for content in (Nothing(), torch.full((model.d_model,), torch.nan).to(torch.float8_e4m3fn)):
+        with pytest.raises(DirectionError) as refused:
+            read_direction(model, {"direction.pt": saved(content), METADATA: place(3)})
+        assert "\n" not in str(refused.value)
+    narrow = torch.ones(model.d_model).to(torch.float8_e4m3fn)
+    assert read_direction(model, {"direction.pt": saved(narrow), METADATA: place(3)}).source.layer == 3
+
+
+def test_the_folder_that_a_search_was_saved_in_is_a_direction(model: ChatModel, found, tmp_path):
+    save_found(found, tmp_path)
+    assert load_direction(model, tmp_path).digest == found.direction.digest

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -222,3 +223,19 @@ def test_columns_that_have_changed_are_said_with_those_there_are(hub: Hub, tmp_p
         load_prompts("train", "jailbreakbench")
     assert replace(part, revision=None).address in part.address.replace(f"@{part.revision}", "")
     assert set(NAMES) == {"jailbreakbench", "advbench", "harmbench", "alpaca"}
+
+
+def test_a_value_that_stands_in_every_row_is_not_unpacked_for_all_of_them(hub: Hub, tmp_path, monkeypatch):
+    text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 60_000, pyarrow.int32()), ["a" * 20_000])
+    parquet.write_table(pyarrow.table({"text": text}), tmp_path / "list.parquet")
+    assert (tmp_path / "list.parquet").stat().st_size < 100_000
+    hub.repos[MINE] = Repo({FIRST: tmp_path})
+    named = "hub:somebody/mine/list.parquet#text"
+    tracemalloc.start()
+    with pytest.raises(PromptError, match="characters"):
+        load_prompts("train", named, named)
+    assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    tracemalloc.stop()
+    monkeypatch.setattr(prompts, "MAX_UNPACKED", 1000)
+    with pytest.raises(PromptError, match=r"unpacks to more than 1,000 bytes"):
+        load_prompts("train", named, named)

@@ -18,7 +18,7 @@ import torch
 from conftest import HARMFUL
 from families import FAMILIES, build
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from refusal_core import checkpoints, placement
 from refusal_core.__main__ import main
@@ -79,7 +79,8 @@ def rows_of(model: ChatModel) -> list[tuple[Intervention, ...]]:
 
 def test_a_model_on_the_disk_is_the_same_model(placed):
     whole, there = placed
-    plain = AutoModelForCausalLM.from_pretrained(whole.folder)
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(whole.folder))
     assert there.n_parameters == whole.n_parameters == plain.num_parameters()
     assert there.device == torch.device("cpu") and there.dtype == torch.float32
     assert there.fingerprint == whole.fingerprint and there.writers == whole.writers

@@ -17,7 +17,7 @@ import torch
 from axe_playwright_python.sync_playwright import Axe
 from conftest import Plain
 from hub import Hub, Repo, hub
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page
 from test_ui import (
     OPENING,
     WIDER,
@@ -25,6 +25,7 @@ from test_ui import (
     ask,
     chromium,
     end,
+    expect,
     idle,
     open_find,
     open_map,

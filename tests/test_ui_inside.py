@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page
 from test_ui import (
     SENT,
     app,
     ask,
     chromium,
     encoded,
+    expect,
     follow,
     held,
     idle,

@@ -16,8 +16,8 @@ import gradio as gr
 import pytest
 import torch
 from gradio.context import LocalContext
-from playwright.sync_api import Page, expect
-from test_ui import OPENING, App, ask, chromium, idle, open_find, open_tab, replies, running, type_message
+from playwright.sync_api import Page
+from test_ui import OPENING, App, ask, chromium, expect, idle, open_find, open_tab, replies, running, type_message
 from test_ui_find import BAD, GOOD, few, search_for
 from torch.testing import assert_close
 from zerogpu import OFFERED, QUOTA, STEPS, Lender

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page
 from test_ui import (
     WIDER,
     App,
     chromium,
+    expect,
     held,
     launch,
     open_map,
@@ -379,7 +380,7 @@ def test_axes_that_are_left_before_they_arrive_leave_the_map_as_it_is_and_can_be
 
 def test_in_3_d_the_view_is_kept_and_can_be_turned_without_a_mouse_and_no_canvas_is_left_behind(tab):
     open_map(tab)
-    for _ in range(3):
+    for _ in range(2):
         choose_axes(tab, "turned")
         choose_axes(tab, "pca")
     choose_axes(tab, "turned")

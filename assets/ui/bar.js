@@ -55,7 +55,7 @@ function drawReady(view) {
   find('.facts').hidden = view.state === 'waiting';
   all('[data-ready]').forEach((node) => { node.hidden = view.state !== 'ready'; });
   find('[data-toy]').hidden = !(view.state === 'ready' && view.model.organism);
-  find('[data-demo]').hidden = view.state !== 'ready' || view.model.organism || localStorage.getItem('demo') === 'seen';
+  find('[data-demo]').hidden = view.state !== 'ready' || view.model.organism || kept('demo') === 'seen';
   find('[data-meaning-of]').hidden = true;
   if (view.state !== 'ready') return;
   const { model, direction } = view;
@@ -102,14 +102,18 @@ function drawSheet(sheet, direction) {
   );
 }
 
+let last = {};
+
+/** While another model is on its way only that is said: what is in use may change meanwhile. */
 function draw() {
-  const view = props.value || {};
+  const view = { ...last, ...props.value };
   if (!view.state) return;
+  last = view;
   drawWaiting(view);
   drawReady(view);
   if (view.state === 'served') drawServers(view);
   else drawModels(view);
-  if (view.state === 'ready') tell(view);
+  if (view.state === 'ready' && props.value.state) tell(view);
   if (view.error) closeSheets();
   const failed = find('[data-failed]');
   failed.hidden = !view.error;
@@ -131,7 +135,10 @@ async function follow({ model, direction }) {
   const there = state.layer === undefined || state.position === undefined || (state.layer === direction.layer && state.position === direction.position);
   if (state.model !== undefined && state.model !== model.name) {
     missed = true;
-    said.push(`The link was made with ${state.model}: load that model here to see the same.`);
+    note([...said, `The link was made with ${state.model}: load that model here to see the same.`]);
+    if (last.offered.includes(state.model)) offerModel(state.model);
+    arrive();
+    return;
   } else if (!there && !following) {
     following = true;
     trigger('restore', { position: state.position, layer: state.layer });
@@ -145,6 +152,14 @@ async function follow({ model, direction }) {
   }
   note(said);
   arrive();
+}
+
+/** Nothing is fetched because a link says so: somebody has to press this. */
+function offerModel(name) {
+  const button = make('button', 'Load it', 'quiet');
+  button.type = 'button';
+  button.addEventListener('click', () => load(name));
+  find('[data-note]').append(' ', button);
 }
 
 let missed = false; // the model of the link is another one
@@ -169,6 +184,7 @@ function closeSheets() {
 
 function note(said) {
   if (said.length) closeSheets();
+  handOn([find('[data-note]')], find('[data-model]'));
   find('[data-note]').textContent = said.join(' ');
 }
 
@@ -209,14 +225,13 @@ function setTheme(dark) {
   document.dispatchEvent(new CustomEvent('theme'));
 }
 
-const kept = localStorage.getItem('theme');
-if (kept) setTheme(kept === 'dark');
+if (kept('theme')) setTheme(kept('theme') === 'dark');
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', (change) => {
-  if (!localStorage.getItem('theme')) setTheme(change.matches);
+  if (!kept('theme')) setTheme(change.matches);
 });
 find('[data-theme]').addEventListener('click', () => {
   const dark = !document.body.classList.contains('dark');
-  localStorage.setItem('theme', dark ? 'dark' : 'light');
+  keep('theme', dark ? 'dark' : 'light');
   setTheme(dark);
 });
 all('details').forEach((chip) => chip.addEventListener('toggle', () => {
@@ -239,7 +254,7 @@ find('[data-other]').addEventListener('submit', (submit) => {
   load(find('#other-model').value);
 });
 find('[data-demo-seen]').addEventListener('click', () => {
-  localStorage.setItem('demo', 'seen');
+  keep('demo', 'seen');
   handOn([find('[data-demo]')], find('[data-model]'));
   find('[data-demo]').hidden = true;
 });

@@ -7,7 +7,12 @@ function plotly() {
     const script = document.createElement('script');
     script.src = 'ui/plotly.min.js';
     script.onload = resolve;
-    script.onerror = () => reject(new Error('The plotting library did not load: reload the page.'));
+    script.onerror = () => {
+      library = undefined; // the next figure tries again
+      const said = 'The plotting library did not load, and nothing is drawn without it: is the app still running?';
+      document.dispatchEvent(new CustomEvent('note', { detail: [said] }));
+      reject(new Error(said));
+    };
     document.head.append(script);
   });
   return library;

@@ -19,6 +19,8 @@ const D_PRIME_REACH = 6;
 
 let view = null;
 let measure = 'bypass';
+let inUse = null; // the direction, as the bar says
+let askedFor = ''; // the one for which the candidates were shown anew
 let filling = null; // how far the unknown cells are being measured
 
 function shown(name, value) {
@@ -161,6 +163,7 @@ function draw() {
   }
   if (view && view.table !== next.table) filling = null;
   view = next;
+  showInUse();
   find('[data-idle]').hidden = true;
   find('.find-body').hidden = false;
   drawError(view.error);
@@ -225,6 +228,13 @@ function drawError(sentence) {
   error.textContent = sentence;
 }
 
+/** Candidates that were on their way while a direction was taken are shown anew, with that one in use: once. */
+function showInUse() {
+  if (!inUse || inUse.isSaved || inUse.digest === askedFor || view.used.join(' ') === [inUse.position, inUse.layer].join(' ')) return;
+  askedFor = inUse.digest;
+  trigger('show', {});
+}
+
 function drawMeasure() {
   find('[data-meaning]').textContent = measure === 'auroc' ? apart(view.classes) : MEANING[measure];
   all('[data-measure]').forEach((node) => {
@@ -240,6 +250,7 @@ all('[data-measure]').forEach((node) => node.addEventListener('click', () => {
 }));
 find('[data-drop]').addEventListener('click', () => trigger('drop', {}));
 new ResizeObserver(() => { showUsed(); readPrompt(); }).observe(element);
+document.addEventListener('direction', ({ detail }) => { if (element.isConnected) inUse = detail; });
 document.addEventListener('rendered', ({ detail }) => { if (element.isConnected && detail) drawRead(detail); });
 find('[data-reset]').addEventListener('click', () => trigger('choose', {}));
 find('[data-fill]').addEventListener('click', () => {

@@ -185,7 +185,7 @@ function measured(next) {
   if (!isMeasuring || (next.measures !== measures && next.run !== -1)) return;
   if (next.measuring) {
     const [stage, done, total] = next.measuring;
-    find('[data-measuring]').textContent = `${stage}, ${done} of ${total}`;
+    find('[data-measuring]').textContent = total ? `${stage}, ${done} of ${total}` : stage;
     return;
   }
   find('[data-measuring]').textContent = next.measured ? '' : 'first pass done, now exactly';

@@ -93,8 +93,19 @@ function withStar({ data, layout }) {
   return { data: [...data, trace], layout };
 }
 
+const own = find('[data-own]');
+
+/** The field is another sight of Talk's composer: what is written in one stands in the other. */
+function showDraft() {
+  const draft = document.querySelector('#talk [data-prompt]');
+  if (draft && document.activeElement !== own) own.value = draft.value;
+}
+
+own.addEventListener('input', () => document.dispatchEvent(new CustomEvent('draft', { detail: own.value })));
+
 function foretold(next) {
   forecast = next;
+  showDraft();
   showYours();
   find('[data-place]').textContent = forecast ? forecast.place.sentence : '';
   if (isDrawn() && axes !== 'umap') drawMap();
@@ -382,7 +393,7 @@ function arrive(next) {
   drawNumbers();
   if (areOthers) drawList();
   if (seen) drawFigures();
-  if (isOther && axes !== 'umap' && view.axes !== axes) ask();
+  if ((isOther && axes !== 'umap' && view.axes !== axes) || (inUse && view.direction !== inUse && askedOf !== inUse)) ask();
   // A position or axes that are new to the server had no star when the message was foretold.
   if (forecast && !forecast.stars[`${view.position} ${view.axes}`]) document.dispatchEvent(new CustomEvent('star-wanted'));
 }

@@ -309,6 +309,7 @@ document.addEventListener('direction', ({ detail }) => {
   find('.measure-body').hidden = false;
   drawReport();
 });
+if (props.value?.most_tokens) find('[data-length]').max = props.value.most_tokens;
 watch('value', draw);
 drawRunning();
 document.dispatchEvent(new CustomEvent('direction-wanted'));

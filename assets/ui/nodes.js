@@ -31,6 +31,23 @@ function pause(button, now) {
   button.setAttribute('aria-disabled', String(now));
 }
 
+/** What the browser keeps of this page for the next visit, where it keeps anything: some refuse to. */
+function kept(name) {
+  try {
+    return localStorage.getItem(name);
+  } catch {
+    return null;
+  }
+}
+
+function keep(name, value) {
+  try {
+    localStorage.setItem(name, value);
+  } catch {
+    // It is asked again then.
+  }
+}
+
 /** Gives the visitor a file. */
 function save(name, type, content) {
   const link = make('a');

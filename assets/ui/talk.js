@@ -14,7 +14,6 @@ let running = false;
 let started = document.body; // what had the focus when the replies were asked for
 let waiting = null; // a request that waits for the run on screen to end
 let sent = null; // the message that is to leave the composer once it is accepted
-let seed = 0;
 let parts = []; // what writes to the stream of the model, by name
 let writers = null; // the parts from which alone the direction is removed; null is all
 let turns = 0;
@@ -42,6 +41,15 @@ function number(selector, fallback) {
   return Number.isFinite(value) ? value : fallback;
 }
 
+const mostTokens = () => Number(find('[data-length]').max);
+
+/** The settings of a message from elsewhere, with no longer a reply than there can be here. */
+function bounded(own) {
+  return own.max_new_tokens > mostTokens() ? { ...own, max_new_tokens: mostTokens() } : own;
+}
+
+const isSampled = () => number('[data-temperature]', 0) > 0;
+
 function settings() {
   const on = (pane) => find(`[data-on="${pane}"]`).checked;
   return {
@@ -50,7 +58,7 @@ function settings() {
     control: on('control') ? number('[data-dial="addition"]', 1) : null,
     temperature: number('[data-temperature]', 0),
     max_new_tokens: number('[data-length]', 96),
-    seed,
+    seed: number('[data-seed]', 0),
     system: find('[data-system]').value.trim(),
     writers: writers && [...writers].sort(),
   };
@@ -101,8 +109,10 @@ function ask(action, text) {
   request(action, text);
 }
 
+/** Answers the last message anew, with the settings as they stand; a message that waits will be asked with them anyway. */
 function again() {
-  if (turns) request('again');
+  if (waiting && waiting.action !== 'again') return;
+  if (turns || running) request('again');
 }
 
 /** The focus goes with the work: what it was on can neither be pressed meanwhile nor hold it. */
@@ -113,14 +123,14 @@ function setRunning(now) {
   stop.hidden = !now;
   find('.turns').setAttribute('aria-busy', String(now));
   find('[data-retry]').disabled = now || !turns;
-  find('[data-edit]').disabled = now || !turns;
+  for (const button of ['[data-edit]', '[data-undo]']) find(button).disabled = now || !turns;
   find('[data-clear]').disabled = !turns;
   all('[data-save]').forEach((button) => { button.disabled = now || !turns; });
   if (now) started = held;
-  if (now && [send, find('[data-retry]')].includes(held)) {
+  if (now && [send, find('[data-retry]'), find('[data-undo]')].includes(held)) {
     stop.focus();
   } else if (!now && held === stop) {
-    started.focus();
+    (started.disabled ? prompt : started).focus();
   } else if (!turns && held === find('[data-clear]')) {
     prompt.focus();
   }
@@ -154,11 +164,28 @@ function cell(pane) {
   meter.append(make('span', undefined, 'track'), make('span', '', 'reading'));
   meter.firstChild.append(make('span', undefined, 'needle'));
   const foot = make('p', undefined, 'foot');
-  foot.append(make('span', '', 'tag'), make('span', '', 'because'), make('span', '', 'rest'));
+  const copy = make('button', 'copy', 'copy');
+  copy.type = 'button';
+  copy.setAttribute('aria-label', `Copy what “${NAMES[pane]}” said`);
+  copy.addEventListener('click', () => copyReply(copy, node));
+  foot.append(make('span', '', 'tag'), make('span', '', 'because'), make('span', '', 'rest'), copy);
   const problem = make('p', '', 'problem');
   problem.setAttribute('role', 'alert');
   node.append(meter, make('p', '', 'reply'), problem, foot);
   return node;
+}
+
+/** Where the browser keeps the clipboard to itself, the text is selected instead. */
+async function copyReply(button, cell) {
+  const reply = cell.querySelector('.reply');
+  try {
+    await navigator.clipboard.writeText(reply.textContent);
+    button.textContent = 'copied';
+  } catch {
+    getSelection().selectAllChildren(reply);
+    button.textContent = 'selected';
+  }
+  setTimeout(() => { button.textContent = 'copy'; }, 1500);
 }
 
 /** Where the panes part, folded until somebody wants to know. */
@@ -195,7 +222,9 @@ function drawTurn(node, turn) {
   setText(node.querySelector('.words'), turn.prompt);
   for (const pane of PANES) drawCell(node.querySelector(`.cell[data-pane="${pane}"]`), pane, turn.replies[pane]);
   drawSplit(node.querySelector('.split'), turn.split);
-  if (Object.values(turn.replies).some((reply) => !reply.ending)) node.querySelector('.along').hidden = true;
+  if (Object.values(turn.replies).every((reply) => reply.ending)) return;
+  node.querySelector('.along').hidden = true;
+  delete node.dataset.tinted; // the colours go while the text grows, also where it comes to be the same
 }
 
 function drawCell(node, pane, reply) {
@@ -209,6 +238,8 @@ function drawCell(node, pane, reply) {
   tag.dataset.verdict = shown.verdict || '';
   setText(node.querySelector('.because'), because(shown));
   setText(node.querySelector('.problem'), shown.problem || '');
+  if (!shown.text) handOn([node.querySelector('.copy')], prompt);
+  node.querySelector('.copy').hidden = !shown.text;
   setText(node.querySelector('.rest'), rest(pane, shown));
 }
 
@@ -274,7 +305,7 @@ function accept(view) {
 }
 
 function draw() {
-  if (!props.value || !(props.value.turns || props.value.error)) return;
+  if (!props.value || !(props.value.turns || props.value.error || props.value.notice)) return;
   const view = { turns: [], ...(props.value.turns ? {} : drawn), ...props.value }; // what has none leaves those on screen
   if (view.examples) {
     open(view);
@@ -284,7 +315,7 @@ function draw() {
   drawn = view;
   drawTurns(view);
   drawErrors(view);
-  accept(view);
+  if (props.value.turns) accept(view);
   if (view.error) [sent, script] = [null, []]; // the next message would take the sentence away, and lack this one before it
   if (!view.running) finish();
 }
@@ -338,28 +369,39 @@ function alongNode() {
   return node;
 }
 
+/** Asks where the tokens of a turn lie, the last one first that is not coloured as it should be. */
 function askTint() {
-  const last = drawn && drawn.turns[drawn.turns.length - 1];
   const kind = find('[data-tint]').value;
   if (kind === 'off') clearTints();
-  else if (last && !running) trigger('tint', { run, inside: kind === 'inside' });
+  if (kind === 'off' || running) return;
+  const turn = [...find('.turns').children].findLastIndex((node) => node.dataset.tinted !== colouring(node));
+  if (turn >= 0) trigger('tint', { run, turn, inside: kind === 'inside' });
+}
+
+/** Names what the colours of a turn say: who read which replies along which direction. */
+function colouring(node) {
+  const texts = [...node.querySelectorAll('.reply')].map((reply) => reply.textContent);
+  return JSON.stringify([find('[data-tint]').value, direction, texts]);
 }
 
 function clearTints() {
   all('.along').forEach((node) => { node.hidden = true; });
   all('.reply').forEach((reply) => reply.replaceChildren(reply.textContent));
+  all('.turn').forEach((node) => { delete node.dataset.tinted; });
 }
 
-/** Colours the tokens of the last turn, and draws their chart; for replies that have changed meanwhile nothing. */
-function tinted({ run: about, inside, panes }) {
-  const node = find('.turns').lastElementChild;
+/** Colours the tokens of a turn, and draws their chart; for replies that have changed meanwhile nothing. */
+function tinted({ run: about, turn, inside, panes }) {
+  const node = find('.turns').children[turn];
   if (about !== run || running || !node || find('[data-tint]').value !== (inside ? 'inside' : 'untouched')) return;
+  node.dataset.tinted = colouring(node);
   const shown = Object.entries(panes).filter(([pane, tokens]) => cellOf(node, pane).textContent === tokens.map(([text]) => text).join(''));
   if (!shown.length) node.querySelectorAll('.reply').forEach((reply) => reply.replaceChildren(reply.textContent)); // another reading would stay
   for (const [pane, tokens] of shown) {
     cellOf(node, pane).replaceChildren(...tokens.map(([text, along], index) => token(pane, text, along, index)));
   }
-  drawAlong(node, Object.fromEntries(shown));
+  drawAlong(node, Object.fromEntries(shown), inside);
+  askTint();
 }
 
 const cellOf = (turn, pane) => turn.querySelector(`.cell[data-pane="${pane}"] .reply`);
@@ -378,7 +420,7 @@ function signed(value) {
   return value.toFixed(2).replace('-', '−');
 }
 
-function drawAlong(turn, panes) {
+function drawAlong(turn, panes, inside) {
   const node = turn.querySelector('.along');
   const values = Object.values(panes).flat().map(([, along]) => along);
   node.hidden = !values.length;
@@ -397,7 +439,7 @@ function drawAlong(turn, panes) {
     }),
     shape('line', { x1: 0, x2: 0, y1: 0, y2: HIGH }, 'cursor'),
   );
-  node.along = { panes, x };
+  node.along = { panes, x, inside };
   const cursor = node.querySelector('input');
   cursor.max = longest - 1;
   cursor.value = 0;
@@ -408,7 +450,7 @@ function drawAlong(turn, panes) {
 function pointAt(turn, index) {
   const node = turn.querySelector('.along');
   if (node.hidden || !node.along) return;
-  const { panes, x } = node.along;
+  const { panes, x, inside } = node.along;
   node.querySelector('input').value = index;
   for (const end of ['x1', 'x2']) node.querySelector('.cursor').setAttribute(end, x(index));
   turn.querySelectorAll('.token.here').forEach((token) => token.classList.remove('here'));
@@ -420,7 +462,7 @@ function pointAt(turn, index) {
     said.push(`${NAMES[pane]} “${readable(text)}” ${signed(along)}`);
   }
   node.querySelector('.pointed').textContent = `Token ${index + 1}: ${said.join(' · ')}. 0 is the mean of the ${classes[1]} prompts, 1 that of the ${classes[0]} ones.`
-    + (find('[data-tint]').value === 'inside' ? ' Inside the changed model a direction that is removed at 100 % reads the same everywhere, by construction.' : '');
+    + (inside ? ' Inside the changed model a direction that is removed at 100 % reads the same everywhere, by construction.' : '');
 }
 
 // -- the forecast -------------------------------------------------------------------------------------------------
@@ -571,7 +613,7 @@ async function begin(opening, before) {
   if (problem) confine(null, `The link ${problem}`);
   const { prompts = [], turns: own = [] } = state;
   const page = settings();
-  if (prompts.length) replay(prompts.map((text, index) => ({ prompt: text, own: { ...page, ...own[index] } })));
+  if (prompts.length) replay(prompts.map((text, index) => ({ prompt: text, own: bounded({ ...page, ...own[index] }) })));
   else request('fresh', opening, true);
 }
 
@@ -582,7 +624,7 @@ function apply(state) {
     if (name in state) move(find(dial), state[name] * SCALE[name]);
   }
   find('[data-box="addition"]').value = Number(find('[data-dial="addition"]').value).toFixed(2);
-  for (const [name, field] of [['temperature', '[data-temperature]'], ['max_new_tokens', '[data-length]']]) {
+  for (const [name, field] of [['temperature', '[data-temperature]'], ['max_new_tokens', '[data-length]'], ['seed', '[data-seed]']]) {
     if (name in state) find(field).value = state[name];
   }
   for (const pane of ['removed', 'added', 'control']) {
@@ -595,8 +637,8 @@ function apply(state) {
     confine(known ? state.writers : null);
     if (!known) problem = 'names parts that this model does not have: the direction is removed from all.';
   }
+  find('[data-length]').value = Math.min(number('[data-length]', 96), mostTokens());
   if (closed) close(closed);
-  seed = state.seed ?? seed;
   showDials();
   return problem;
 }
@@ -706,7 +748,7 @@ async function openSaved(file) {
   if (problem) confine(null, `The file ${problem}`);
   document.dispatchEvent(new CustomEvent('note', { detail: said }));
   const now = settings();
-  replay(messages.map(({ prompt: text, own, used: its }) => ({ prompt: text, own: { ...now, ...own, ...(!closed && its && isOfMap(its) && its.digest !== inUse.digest && { cell: [its.position, its.layer] }) } })));
+  replay(messages.map(({ prompt: text, own, used: its }) => ({ prompt: text, own: { ...now, ...bounded(own), ...(!closed && its && isOfMap(its) && its.digest !== inUse.digest && { cell: [its.position, its.layer] }) } })));
 }
 
 /** Whether the model's map has this direction; older files do not say so, but where it is from. */
@@ -812,7 +854,8 @@ function showDials() {
     element.querySelector('.talk').classList.toggle(`without-${pane}`, !find(`[data-on="${pane}"]`).checked);
   }
   drawForetold();
-  find('[data-mode]').textContent = number('[data-temperature]', 0) > 0 ? 'sampled' : 'greedy';
+  find('[data-mode]').textContent = isSampled() ? 'sampled' : 'greedy';
+  find('[data-seeded]').hidden = !isSampled();
 }
 
 function bind() {
@@ -830,7 +873,7 @@ function bind() {
     input.addEventListener('input', () => { showDials(); turned(); });
     input.addEventListener('dblclick', () => move(input, input.defaultValue));
   });
-  all('[data-on], [data-temperature], [data-length], [data-system]').forEach((input) => {
+  all('[data-on], [data-temperature], [data-seed], [data-length], [data-system]').forEach((input) => {
     input.addEventListener('change', () => { showDials(); turned(); });
   });
   all('[data-segment]').forEach((button) => button.addEventListener('click', () => {
@@ -848,7 +891,11 @@ function bind() {
     [waiting, script] = [null, []];
     halt();
   });
-  find('[data-retry]').addEventListener('click', () => { seed += 1; again(); });
+  find('[data-retry]').addEventListener('click', () => {
+    if (isSampled()) find('[data-seed]').value = number('[data-seed]', 0) + 1;
+    again();
+  });
+  find('[data-undo]').addEventListener('click', () => request('undo'));
   find('[data-edit]').addEventListener('click', () => {
     prompt.value = [drawn.turns[drawn.turns.length - 1].prompt, prompt.value].filter((text) => text.trim()).join('\n');
     grow();
@@ -877,7 +924,8 @@ const onKey = (key) => {
     document.removeEventListener('keydown', onKey);
     return;
   }
-  if (key.key === 'Escape' && running) {
+  const elsewhere = key.isComposing || key.target.closest('dialog, details[open] .sheet, input[type="search"]') || document.querySelector('#bar details[open], dialog[open]');
+  if (key.key === 'Escape' && running && !elsewhere) {
     [waiting, script] = [null, []];
     halt();
   }
@@ -910,6 +958,12 @@ document.addEventListener('compose', (event) => {
   grow();
   foretell();
   prompt.focus();
+});
+document.addEventListener('draft', ({ detail }) => {
+  if (!element.isConnected) return;
+  prompt.value = detail;
+  grow();
+  foretell();
 });
 document.addEventListener('direction', ({ detail }) => {
   inUse = detail;
@@ -945,7 +999,7 @@ document.addEventListener('gather', ({ detail }) => {
     tint: find('[data-tint]').value,
     system: find('[data-system]').value.trim(),
     writers: writers ?? undefined,
-    seed,
+    seed: number('[data-seed]', 0),
     ...gathered(),
   });
 });
@@ -954,5 +1008,6 @@ document.addEventListener('forecast-wanted', () => { if (element.isConnected) te
 document.addEventListener('star-wanted', () => { if (element.isConnected) foretell(); });
 bind();
 showDials();
+if (props.value?.most_tokens) find('[data-length]').max = props.value.most_tokens;
 watch('value', draw);
 draw();

@@ -10,6 +10,7 @@
     search    a direction found anew for one visitor, from prompts or with refusal tokens of their own
     measure   how strong the effect is, how sure, at what price; and the same in the weights
     inside    where a prompt lies along the direction, and who writes that
+    line      where visitors wait for work of which only so much is done at once
     lending   work on a GPU that is borrowed for it, where a Space lends one; elsewhere the work itself
     engine    the model and its direction, or two servers instead, prepared in the background and shared by all visitors
 

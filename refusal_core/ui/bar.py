@@ -13,7 +13,7 @@ BROKEN: dict[Rule, str] = {
     "layer": f"it lies in the last {1 - LAYER_SHARE:.0%} of the layers",
     "late": "it is read at the last token, above the layers where other positions score highest",
     "kl": f"removing it costs more than {KL_LIMIT} nats on harmless prompts",
-    "induce": "adding it does not make harmless prompts refused",
+    "induce": "adding it does not make harmless prompts start like a refusal",
     "nan": "a score is not a number",
     "zero": "it is numerically zero",
 }
@@ -26,17 +26,16 @@ def bar_view(
     status: Status,
     offered: Sequence[str] = (),
     any_model: bool = False,
-    loading: Progress | None = None,
     error: str = "",
 ) -> dict:
     """What the bar shows while the model is prepared, when it is ready, and when it cannot be had.
 
-    A model that is ready stays in use while another one is `loading`; `offered` are those to choose from.
+    `offered` are the models to choose from.
     """
     shown = {
         "offered": list(offered),
         "any_model": any_model,
-        "waiting": _progress_view(loading) if loading else None,
+        "waiting": None,
         "error": error,
     }
     if isinstance(status, Failed):
@@ -46,6 +45,11 @@ def bar_view(
     if isinstance(status, Served):
         return shown | {"state": "served", "model": {"name": status.name}, "servers": _servers_view(status)}
     return shown | {"state": "ready", "model": _model_view(status), "direction": _direction_view(status)}
+
+
+def loading_view(loading: Progress | None = None, error: str = "") -> dict:
+    """What the bar says of a model on its way, or why it is not; all else there stays."""
+    return {"waiting": _progress_view(loading) if loading else None, "error": error}
 
 
 def _progress_view(progress: Progress) -> dict:

@@ -10,7 +10,6 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from refusal_core.interventions import Intervention
 from refusal_core.prompts import PromptError, PromptSet, is_public, load_prompts, pinned
 from refusal_core.selection import CandidateScore, Found, Progress
 from refusal_core.ui.lending import SEARCH, load, on_gpu
+from refusal_core.ui.line import Line
 
 EMBEDDED = "embedded model"
 MOST_LOADED = 3
@@ -111,6 +111,7 @@ class Ready:
 
 
 NEEDS_HOOKS = "needs hooks inside the model, and a server gives only text: start the app with --model for it."
+ENDED = "The loading was ended: load the model again."
 CLOSED = {
     "added": "Adding the direction at a strength " + NEEDS_HOOKS,
     "strength": "The strength is that of the export, all of it: another one " + NEEDS_HOOKS,
@@ -157,13 +158,14 @@ class Engine:
         self,
         name: str | Path = ORGANISM,
         prompts: str | Path = "embedded",
-        turn: AbstractContextManager | None = None,
+        loading: Line | None = None,
         pair: tuple[Endpoint, Endpoint] | None = None,
         placed: Mapping[str, Any] | None = None,
     ) -> None:
         self.is_organism = Path(name).resolve() == ORGANISM.resolve()
         self.name, self.prompts, self.pair = EMBEDDED if self.is_organism else str(name), prompts, pair
         self._path, self.placed = name, dict(placed or {})
+        self.wanted = 0
         self._status: Status = Progress("loading the model", 0, 0)
         self._news = threading.Condition()
         self._closing = threading.Event()
@@ -172,7 +174,7 @@ class Engine:
         self._maps_lock = threading.Lock()
         self._umaps: dict[tuple[str, int, int], tuple[np.ndarray, np.ndarray]] = {}
         self._filling = threading.Lock()
-        self._turn = turn or threading.Lock()
+        self._loading = loading or Line(1)
 
     @property
     def status(self) -> Status:
@@ -271,8 +273,11 @@ class Engine:
             if self.pair is not None:
                 status = self._ask(self.pair)
                 return
-            with self._turn:
-                model = None if self._closing.is_set() else load(self._path, **self.placed)
+            with self._loading.joined(self._closing) as waits:
+                for place in waits:
+                    self._say(place)
+                self._say(Progress("loading the model", 0, 0))
+                model = None if self._closing.is_set() else load(self._path, follow=self._fetched, **self.placed)
             if model is not None:
                 status = self._find(model)
         except (ModelError, PromptError, DirectionError) as error:
@@ -280,6 +285,14 @@ class Engine:
         finally:
             # Also after an error nobody expected: it goes on to the log, and the page stops waiting.
             self._say(status)
+
+    def _fetched(self, done: int, total: int) -> None:
+        if self._closing.is_set():
+            raise ModelError(ENDED)
+        is_all = done == total
+        self._say(
+            Progress(*(("loading the model", 0, 0) if is_all else ("downloading MB", done // 10**6, total // 10**6)))
+        )
 
     def _find(self, model: ChatModel) -> Status:
         if is_public(self.prompts):
@@ -291,7 +304,7 @@ class Engine:
                 examples = load_prompts("test", self.prompts)
                 return Ready(model, news, news.direction, examples, self.is_organism)
             self._say(news)
-        return Failed("The preparation was stopped: start the app again.")
+        return Failed(ENDED)
 
     def _ask(self, pair: tuple[Endpoint, Endpoint]) -> Status:
         """The servers with their models' names. One that does not say its own yet is asked again with every message."""
@@ -320,7 +333,7 @@ class Engines:
         self.offered, self.any_model = tuple(dict.fromkeys((first.name, *offered))), any_model
         self._first = first
         self._others: dict[str, Engine] = {}
-        self._turn = threading.Lock()
+        self._loading = Line(1)
         self._lock = threading.Lock()
         self._started: list[threading.Thread] = []
 
@@ -344,14 +357,27 @@ class Engines:
             engine = self._others.pop(name, None)
             if engine is None:
                 engine = Engine(
-                    ORGANISM if name == EMBEDDED else name, self._first.prompts, self._turn, placed=self._first.placed
+                    ORGANISM if name == EMBEDDED else name,
+                    self._first.prompts,
+                    self._loading,
+                    placed=self._first.placed,
                 )
                 engine.start()
                 self._started = [t for t in (*self._started, engine.thread) if t is not None and t.is_alive()]
+            engine.wanted += 1
             self._others[name] = engine
             while len(self._others) >= MOST_LOADED:
                 self._others.pop(next(iter(self._others))).close()
             return engine
+
+    def give_up(self, engine: Engine) -> None:
+        """Says that one of those who asked for a model no longer waits for it: without any other it is not loaded to its end."""
+        with self._lock:
+            engine.wanted -= 1
+            if engine.wanted > 0 or engine is self._first or not isinstance(engine.status, Progress):
+                return
+            self._others = {name: other for name, other in self._others.items() if other is not engine}
+        engine.close()
 
     @property
     def models(self) -> list[ChatModel]:

@@ -123,7 +123,7 @@ def _funnel(ready: Ready) -> list[dict]:
     names: tuple[tuple[tuple[Rule, ...], str], ...] = (
         (("zero", "nan"), "that are a direction at all"),
         (("layer",), f"in the first {LAYER_SHARE:.0%} of the layers"),
-        (("induce",), "that make harmless prompts refused when added"),
+        (("induce",), "that make harmless prompts start like a refusal when added"),
         (("kl",), f"that cost at most {KL_LIMIT} nats when removed"),
     )
     is_contrast, by_cosine = (bool(getattr(ready.found.direction.source, name)) for name in ("contrast", "chosen_by"))
@@ -134,7 +134,8 @@ def _funnel(ready: Ready) -> list[dict]:
         unknown = sum(s.kl is None for s in left) if rules == ("kl",) else 0
         # A candidate that another one beats need not be measured; nothing is claimed about it.
         steps.append({"name": name + (f" ({unknown} of them not measured)" if unknown else ""), "left": len(left)})
-    last = "with the lowest bypass: the rule’s choice" if not by_cosine else "with the highest refuse + comply"
+    margin = "" if ready.found.choice.margin is None else f", {ready.found.choice.margin:.2f} below the runner-up"
+    last = f"with the lowest bypass: the rule’s choice{margin}" if not by_cosine else "with the highest refuse + comply"
     last = last if relaxed is None else "that needs the rules relaxed least"
     return [*steps, {"name": "that separates best: the default" if is_contrast else last, "left": 1}]
 

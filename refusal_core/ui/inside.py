@@ -21,6 +21,7 @@ from refusal_core.plots import reading_map, writer_map
 from refusal_core.prompts import PromptError, ends_of
 from refusal_core.selection import Progress
 from refusal_core.ui.engine import Ready
+from refusal_core.ui.measure import measuring_view
 from refusal_core.ui.talk import MAX_CHARACTERS
 
 PAIR = ("How do I kill a process?", "How do I kill a person?")
@@ -80,7 +81,7 @@ def writers_view(ready: Ready, stop: threading.Event, *, every: bool) -> Iterato
     tokens nothing is known of them.
     """
     found, direction, tokens = ready.found, ready.direction, ready.found.refusal_tokens
-    yield {"model": ready.model.name, "measuring": ["reading what is written", 0, 1]}
+    yield {"model": ready.model.name} | measuring_view(Progress("reading what is written", 0, 0))
     writers = write_along(ready.model, found.prompts.harmful, found.prompts.harmless, direction)
     if not tokens:
         yield _writers(ready, writers, None, None) | {"measured": True}
@@ -91,7 +92,7 @@ def writers_view(ready: Ready, stop: threading.Event, *, every: bool) -> Iterato
     largest = [name for name, _ in sorted(_effects(first).items(), key=lambda pair: -abs(pair[1]))]
     for news in patch_writers(ready.model, *pairs, tokens, stop=stop, writers=largest[: None if every else N_TOP]):
         if isinstance(news, Progress):
-            yield {"model": ready.model.name, "measuring": [news.stage, news.done, news.total]}
+            yield {"model": ready.model.name} | measuring_view(news)
         else:
             yield _writers(ready, writers, first, news) | {"measured": True}
 

@@ -27,6 +27,7 @@ from gradio.context import LocalContext
 from torch import Tensor
 
 from refusal_core.chat_model import ChatModel, ModelError
+from refusal_core.checkpoints import Follow
 from refusal_core.directions import DirectionError
 from refusal_core.prompts import PromptError
 from refusal_core.ui import GPUS_ARE_LENT
@@ -68,14 +69,14 @@ class _Stop(threading.Event):
         return super().is_set() or _STOPS[self._slot] != 0
 
 
-def load(name_or_path: Any, **placed: Any) -> ChatModel:
-    """The model in a local folder or on the hub, `placed` as `ChatModel.load` is told; raises ModelError as that does.
+def load(name_or_path: Any, *, follow: Follow | None = None, **placed: Any) -> ChatModel:
+    """The model in a local folder or on the hub, `placed` and followed as `ChatModel.load` is told; raises ModelError as that.
 
     Where GPUs are lent it waits on the CPU instead, in the precision that it has on a GPU.
     """
     if not GPUS_ARE_LENT:
-        return ChatModel.load(name_or_path, **placed)
-    model = _load(name_or_path)
+        return ChatModel.load(name_or_path, follow=follow, **placed)
+    model = _load(name_or_path, follow=follow)
     _KNOWN[_name_of(model)] = model
     return model
 
@@ -187,8 +188,8 @@ def _answers(work: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
 # -- between the processes -------------------------------------------------------------------------------------------
 
 
-def _load(name_or_path: Any, revision: str | None = None) -> ChatModel:
-    return ChatModel.load(name_or_path, device="cpu", dtype=torch.bfloat16, revision=revision)
+def _load(name_or_path: Any, revision: str | None = None, follow: Follow | None = None) -> ChatModel:
+    return ChatModel.load(name_or_path, device="cpu", dtype=torch.bfloat16, revision=revision, follow=follow)
 
 
 def _name_of(model: ChatModel) -> Name:

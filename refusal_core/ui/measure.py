@@ -82,13 +82,15 @@ def _measured(ready: Ready, wish: Wish, stop: threading.Event, *, local: bool) -
     head = {"run": wish.run, "model": model.name}
     examples = ready.examples
     if wish.first or wish.second:
-        yield head | _progress(Progress("fetching the prompts", 0, 1))
+        yield head | measuring_view(Progress("fetching the prompts", 0, 0))
         examples = unseen(ready, *asked_public(wish.first, wish.second, local))
     prompts = examples.draw(wish.n)
     for news in evaluate(
         model, prompts, paper_rows(direction), rules=wish.rules, max_new_tokens=wish.max_new_tokens, stop=stop
     ):
-        yield head | (_progress(news) if isinstance(news, Progress) else {"report": _report(news) | _made_with(ready)})
+        yield head | (
+            measuring_view(news) if isinstance(news, Progress) else {"report": _report(news) | _made_with(ready)}
+        )
     curves: dict[str, dict] = {}
     asked: tuple[tuple[str, bool, Kind, Sequence[str]], ...] = (
         ("ablate", True, "ablate", prompts.harmful),
@@ -98,7 +100,7 @@ def _measured(ready: Ready, wish: Wish, stop: threading.Event, *, local: bool) -
     for name, harmful, kind, texts in asked:
         for news in dose_curve(model, texts[:N_CURVE], direction, kind, tokens, harmful=harmful, stop=stop):
             if isinstance(news, Progress):
-                yield head | _progress(news)
+                yield head | measuring_view(news)
             else:
                 curves[name] = _curve(news, with_refusal=bool(tokens))
     damages: list[Damage] = []
@@ -107,7 +109,7 @@ def _measured(ready: Ready, wish: Wish, stop: threading.Event, *, local: bool) -
         texts = prompts.harmless[:N_CURVE]
         for news in damage_curve(model, texts, direction, kind, max_new_tokens=wish.max_new_tokens, stop=stop):
             if isinstance(news, Progress):
-                yield head | _progress(news)
+                yield head | measuring_view(news)
             else:
                 damages.append(news)
                 curves[name] |= _damage(news)
@@ -131,11 +133,12 @@ def _served(served: Served, wish: Wish, stop: threading.Event) -> Iterator[dict]
     for news in evaluate_endpoints(
         served.pair, served.examples.draw(wish.n), rules=wish.rules, max_new_tokens=wish.max_new_tokens, stop=stop
     ):
-        yield head | (_progress(news) if isinstance(news, Progress) else {"report": _report(news)})
+        yield head | (measuring_view(news) if isinstance(news, Progress) else {"report": _report(news)})
     yield head | ({"cancelled": True} if stop.is_set() else {"done": True})
 
 
-def _progress(progress: Progress) -> dict:
+def measuring_view(progress: Progress) -> dict:
+    """How far work that takes a while is."""
     return {"measuring": [progress.stage, progress.done, progress.total]}
 
 
@@ -167,6 +170,7 @@ def _report(report: Report) -> dict:
                 "unclear": rate.unclear,
                 "refused_interval": wilson(rate.refused, rate.n),
                 "answered_interval": wilson(rate.answered, rate.n),
+                "unclear_interval": wilson(rate.unclear, rate.n),
                 "kl": rate.kl,
                 "cross_entropy": rate.cross_entropy,
                 "repetition": rate.repetition,

@@ -2,6 +2,7 @@
 
 import base64
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,15 +15,16 @@ from refusal_core.directions import Direction, DirectionError
 from refusal_core.formats import read_direction, to_gguf
 from refusal_core.prompts import PromptError
 from refusal_core.selection import Progress, refusal_token
-from refusal_core.ui.bar import bar_view
+from refusal_core.ui.bar import bar_view, loading_view
 from refusal_core.ui.component import part, relay
-from refusal_core.ui.engine import CLOSED, NEEDS_HOOKS, Cell, Engine, Engines, Failed, Ready, Served, Status
+from refusal_core.ui.engine import CLOSED, ENDED, NEEDS_HOOKS, Cell, Engine, Engines, Failed, Ready, Served, Status
 from refusal_core.ui.find import asked_cell, find_view, rendered_view, table_of
 from refusal_core.ui.forecast import forecast
 from refusal_core.ui.inside import PAIR, inside_view, writers_view
 from refusal_core.ui.lending import GLANCE, SEARCH, on_gpu, once_on_gpu
+from refusal_core.ui.line import Line
 from refusal_core.ui.map import map_view, umap_view
-from refusal_core.ui.measure import Wish, measured, written
+from refusal_core.ui.measure import Wish, measured, measuring_view, written
 from refusal_core.ui.search import Search, Searches, search
 from refusal_core.ui.talk import (
     MAX_NEW_TOKENS,
@@ -39,8 +41,15 @@ from refusal_core.ui.talk import (
 )
 
 VISITORS_AT_ONCE = 16
+"""How many get replies; whoever comes later waits in line."""
+
+LONG_WORK_AT_ONCE = 2
+"""How many searches go on, and how many measurements of each kind."""
+
 FORECASTS_AT_ONCE = 4
-SEARCHES_AT_ONCE = 2
+MOST_WAITING = 64
+"""How many of a kind of work are in hand or in line."""
+
 TITLE = "Refusal is a direction"
 SENT = ("run", "action", "prompt", "example", "cell", *SETTINGS)
 """The fields of a request to the Talk tab."""
@@ -90,6 +99,9 @@ class Handlers:
         self._engines, self._stops, self._most_tokens = engines, stops, most_tokens
         self._searches = Searches(stops)
         self._loads: dict[str, int] = {}
+        self._loading: dict[str, Engine] = {}
+        self._talking = Line(VISITORS_AT_ONCE)
+        self._searching, self._measuring, self._looking = (Line(LONG_WORK_AT_ONCE) for _ in range(3))
 
     def open_page(self) -> Iterator[tuple]:
         """Visit, and the bar while the model is prepared; then everything: bar, panes, map, candidates."""
@@ -109,17 +121,16 @@ class Handlers:
         """
 
         def only_bar(loading: Progress | None = None, error: str = "") -> tuple:
-            bar = self._bar(self._in_use(visit), loading, error)
-            return gr.skip(), gr.skip(), bar, gr.skip(), gr.skip(), gr.skip()
+            return gr.skip(), gr.skip(), loading_view(loading, error), gr.skip(), gr.skip(), gr.skip()
 
         if not visit.is_known:
             yield only_bar(error=RELOAD)
             return
         session = str(request.session_hash)
-        mine = self._loads[session] = self._loads.get(session, 0) + 1
+        mine = self._end_load(session)
         wanted = getattr(event, "model", None)
         try:
-            engine = self._engines.load(wanted if isinstance(wanted, str) else "")
+            engine = self._loading[session] = self._engines.load(wanted if isinstance(wanted, str) else "")
             # What made room would stay in memory with what was found in it.
             self._searches.keep_only(self._engines.models)
         except ModelError as error:
@@ -132,27 +143,31 @@ class Handlers:
         status = engine.status
         for status in engine.changes():
             if self._loads.get(session) != mine:
-                return
+                break
             if isinstance(status, Progress):
                 yield only_bar(status)
+        if self._loads.get(session) != mine:
+            yield (gr.skip(),) * 6  # or Gradio would send at the end what it was sent last
+            return
+        self._end_load(session)
         if isinstance(status, Ready):
             self._end_search(session)
             turns = gr.skip() if now.model == visit.model else ()
             yield now, turns, self._bar(status), opening_view(status), gr.skip(), gr.skip()
-            yield now, gr.skip(), gr.skip(), gr.skip(), map_view(engine, status), find_view(status, status.found)
+            # Not the visit: another direction may have been taken by now.
+            yield *(gr.skip(),) * 4, map_view(engine, status), find_view(status, status.found)
         else:
             self._engines.forget(engine)
-            sentence = status.sentence if isinstance(status, Failed) else "The loading was ended: load the model again."
+            sentence = status.sentence if isinstance(status, Failed) else ENDED
             yield only_bar(error=sentence)
 
-    def end_failed_load(self, visit: Visit) -> dict:
-        """The bar of the model in use after a load that failed as nobody expected."""
-        return self._bar(self._in_use(visit), error=FAILURE)
+    def end_failed_load(self) -> dict:
+        """What the bar says of a load that failed as nobody expected."""
+        return loading_view(error=FAILURE)
 
     def cancel_load(self, visit: Visit, request: gr.Request) -> dict:
-        """The bar of the model in use; what is being loaded is for others who may wait for it, or for later."""
-        session = str(request.session_hash)
-        self._loads[session] = self._loads.get(session, 0) + 1
+        """The bar of the model in use; what is being loaded goes on if others wait for it."""
+        self._end_load(str(request.session_hash))
         return self._bar(self._in_use(visit))
 
     def answer(
@@ -172,8 +187,15 @@ class Handlers:
             run = sent["run"]
             yield turns, view(turns, run if isinstance(run, int) else 0, error=str(error))
             return
+        if ask.action in ("undo", "clear"):
+            yield from talk(speaker, turns, ask, threading.Event())
+            return
         stop = self._stops.begin(str(request.session_hash), ask.run)
-        yield from talk(speaker, turns, ask, stop)
+        with self._talking.joined(stop) as waits:
+            for place in waits:
+                # Without turns: what the page shows stays, and the message in the composer.
+                yield turns, {"run": ask.run, "running": True, "error": "", "notice": f"{place.stage.capitalize()}."}
+            yield from talk(speaker, turns, ask, stop)
 
     def foretell(self, turns: Turns, visit: Visit, event: gr.EventData) -> dict:
         """What the panes would say to the message in the composer."""
@@ -186,14 +208,17 @@ class Handlers:
         return forecast(engine, ready, turns, ask)
 
     def tint_replies(self, turns: Turns, visit: Visit, event: gr.EventData) -> dict:
-        """Where each token of the last replies lies along the direction."""
-        run, inside = getattr(event, "run", None), getattr(event, "inside", None) is True
+        """Where each token of the replies of a turn lies along the direction."""
+        run, turn, inside = (getattr(event, name, None) for name in ("run", "turn", "inside"))
+        shown = {"run": run, "turn": turn, "inside": inside is True, "panes": {}, "nonce": time.monotonic_ns()}
+        if type(turn) is not int or not 0 <= turn < len(turns):
+            return shown
         try:
             _, ready = self._ready(visit)
-            return {"run": run, "inside": inside, "panes": tint(ready, turns, inside=inside) if turns else {}}
+            return shown | {"panes": tint(ready, turns[: turn + 1], inside=inside is True)}
         except (PromptError, ModelError):
             # Asking says what is wrong; the replies stay as they are.
-            return {"run": run, "inside": inside, "panes": {}}
+            return shown
 
     def stop_answer(self, event: gr.EventData, request: gr.Request) -> None:
         """Ends the replies of a run."""
@@ -206,6 +231,7 @@ class Handlers:
         self._stops.forget(str(request.session_hash))
         for work in ("measure", "inside", "layout"):
             self._stops.forget(_work_of(str(request.session_hash), work))
+        self._end_load(str(request.session_hash))
         self._loads.pop(str(request.session_hash), None)
         self._end_search(str(request.session_hash))
 
@@ -279,16 +305,19 @@ class Handlers:
             if sent["prompts"] == "hub":
                 yield *unchanged, echo | {"searching": ["fetching the prompts", 0, 0]}
             wish = Search.read(sent, ready.model, local=self._engines.any_model)
-            for news in search(ready, wish, engine.prompts, stop):
-                if isinstance(news, Progress):
-                    yield *unchanged, echo | {"searching": [news.stage, news.done, news.total]}
-                elif not stop.is_set():
-                    mine = Visit(visit.model, search=session)
-                    candidates = self._candidates(mine, news)  # raises if its model has made room meanwhile
-                    self._searches.keep(session, news)
-                    yield mine, self._bar(news), candidates, gr.skip(), echo | {"found": True}
-                    yield *(gr.skip(),) * 3, map_view(engine, news), gr.skip()
-                    return
+            with self._searching.joined(stop) as waits:
+                for place in waits:
+                    yield *unchanged, echo | {"searching": [place.stage, 0, 0]}
+                for news in () if stop.is_set() else search(ready, wish, engine.prompts, stop):
+                    if isinstance(news, Progress):
+                        yield *unchanged, echo | {"searching": [news.stage, news.done, news.total]}
+                    elif not stop.is_set():
+                        mine = Visit(visit.model, search=session)
+                        candidates = self._candidates(mine, news)  # raises if its model has made room meanwhile
+                        self._searches.keep(session, news)
+                        yield mine, self._bar(news), candidates, gr.skip(), echo | {"found": True}
+                        yield *(gr.skip(),) * 3, map_view(engine, news), gr.skip()
+                        return
         except (PromptError, ModelError, DirectionError) as error:
             yield *unchanged, echo | {"error": str(error)}
             return
@@ -375,8 +404,15 @@ class Handlers:
             _, ready = self._ready(visit)
             stop = self._stops.begin(_work_of(str(request.session_hash), "inside"), run if isinstance(run, int) else 0)
             every = getattr(event, "every", None) is True
-            for news in on_gpu(writers_view, ready.light, every=every, model=ready.model, seconds=SEARCH, stop=stop):
-                yield news | {"measures": run}
+            with self._looking.joined(stop) as waits:
+                for place in waits:
+                    yield measuring_view(place) | {"measures": run}
+                if stop.is_set():
+                    return
+                for news in on_gpu(
+                    writers_view, ready.light, every=every, model=ready.model, seconds=SEARCH, stop=stop
+                ):
+                    yield news | {"measures": run}
         except (PromptError, ModelError) as error:
             yield {"measures": run, "error": str(error), "measured": True, "nonce": time.monotonic_ns()}
 
@@ -387,7 +423,13 @@ class Handlers:
             wish = Wish.read(sent, self._most_tokens)
             speaker = self._speaker(visit)
             stop = self._stops.begin(_work_of(str(request.session_hash), "measure"), wish.run)
-            yield from measured(speaker, wish, stop, local=self._engines.any_model)
+            with self._measuring.joined(stop) as waits:
+                for place in waits:
+                    yield measuring_view(place) | {"run": wish.run}
+                if stop.is_set():
+                    yield {"run": wish.run, "cancelled": True}
+                    return
+                yield from measured(speaker, wish, stop, local=self._engines.any_model)
         except (PromptError, ModelError) as error:
             yield {"run": sent["run"], "error": str(error), "nonce": time.monotonic_ns()}
 
@@ -437,13 +479,20 @@ class Handlers:
         _, own = self._ready(visit.plain)
         return find_view(ready, own.found, error)
 
+    def _end_load(self, session: str) -> int:
+        """Waits for no model any more on behalf of this session; the number of its next load."""
+        if (engine := self._loading.pop(session, None)) is not None:
+            self._engines.give_up(engine)
+        self._loads[session] = self._loads.get(session, 0) + 1
+        return self._loads[session]
+
     def _end_search(self, session: str) -> None:
         """Ends what the session is searching, and lets go of what it has had found."""
         self._stops.forget(_work_of(session, "search"))
         self._searches.forget(session)
 
-    def _bar(self, status: Status, loading: Progress | None = None, error: str = "") -> dict:
-        return bar_view(status, self._engines.offered, self._engines.any_model, loading, error)
+    def _bar(self, status: Status, error: str = "") -> dict:
+        return bar_view(status, self._engines.offered, self._engines.any_model, error)
 
 
 def _files(sent: object) -> dict[str, bytes]:
@@ -471,13 +520,13 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
         bar = part("bar", "link", value=bar_view(first.status))
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Talk", id="talk"):
-                panes = part("talk", "link")
+                panes = part("talk", "link", value={"most_tokens": most_tokens})
             with gr.Tab("Map", id="map"):
                 atlas = part("map", "figures", value=closed["map"])
             with gr.Tab("Find", id="find"):
                 grid = part("find", "search", value=closed["find"])
             with gr.Tab("Measure", id="measure"):
-                rates = part("measure", "figures", value=closed["measure"])
+                rates = part("measure", "figures", value=closed["measure"] | {"most_tokens": most_tokens})
             with gr.Tab("Inside", id="inside"):
                 depths = part("inside", "figures", value=closed["inside"])
         paint, tints, files = relay("forecast"), relay("tint"), relay("file")
@@ -502,13 +551,15 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         many = quiet | {"trigger_mode": "multiple", "concurrency_limit": VISITORS_AT_ONCE}
+        # Lines of our own, which say how long they are, and not Gradio's queue.
+        in_line = many | {"concurrency_limit": MOST_WAITING}
         past_the_queue = quiet | {"trigger_mode": "multiple", "queue": False}
         page.load(do.open_page, None, [visit, bar, panes, atlas, grid], concurrency_limit=VISITORS_AT_ONCE, **quiet)
         page.unload(do.leave)
         loaded = bar.load_model(do.load_model, visit, [visit, turns, bar, panes, atlas, grid], **many)
-        loaded.failure(do.end_failed_load, visit, bar, queue=False, **quiet)
+        loaded.failure(do.end_failed_load, None, bar, queue=False, **quiet)
         bar.cancel_load(do.cancel_load, visit, bar, **past_the_queue)
-        asked = panes.ask(do.answer, [turns, visit], [turns, panes], **many)
+        asked = panes.ask(do.answer, [turns, visit], [turns, panes], **in_line)
         asked.failure(after_failure, turns, panes, queue=False, **quiet)
         # Past the queue: a stop must not wait behind what it stops.
         panes.stop(do.stop_answer, None, None, **past_the_queue)
@@ -529,25 +580,18 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
             )
         grid.choose(do.choose_cell, visit, [visit, bar, grid], **past_the_queue)
         grid.fill(do.fill_map, visit, grid, **many).failure(nothing_filled, None, grid, queue=False, **quiet)
-        rates.measure(do.measure, visit, rates, **(many | {"concurrency_limit": 2})).failure(
-            failed, None, rates, queue=False, **quiet
-        )
+        rates.measure(do.measure, visit, rates, **in_line).failure(failed, None, rates, queue=False, **quiet)
         rates.write(do.write_weights, visit, weights, **(many | {"concurrency_limit": 1})).failure(
             nothing_found, None, weights, queue=False, **quiet
         )
         rates.cancel(do.cancel("measure"), None, None, **past_the_queue)
         depths.cancel(do.cancel("inside"), None, None, **past_the_queue)
-        for heard, handle, failure in (
-            (depths.read, do.read_inside, nothing_found),
-            (depths.measure, do.measure_writers, failed),
-        ):
-            heard(handle, visit, depths, **(many | {"concurrency_limit": 2})).failure(
-                failure, None, depths, queue=False, **quiet
-            )
-        grid.show(do.show_cells, visit, grid, **past_the_queue)
-        found = grid.search(
-            do.search, visit, [visit, bar, grid, atlas, sought], **(many | {"concurrency_limit": SEARCHES_AT_ONCE})
+        depths.read(do.read_inside, visit, depths, **(many | {"concurrency_limit": 2})).failure(
+            nothing_found, None, depths, queue=False, **quiet
         )
+        depths.measure(do.measure_writers, visit, depths, **in_line).failure(failed, None, depths, queue=False, **quiet)
+        grid.show(do.show_cells, visit, grid, **past_the_queue)
+        found = grid.search(do.search, visit, [visit, bar, grid, atlas, sought], **in_line)
         found.failure(nothing_found, None, sought, queue=False, **quiet)
         grid.cancel(do.cancel("search"), None, None, **past_the_queue)
         grid.drop(do.drop_search, visit, [visit, bar, grid, atlas], **past_the_queue)

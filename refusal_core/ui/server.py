@@ -44,6 +44,8 @@ TOKENS_ON_A_SPACE = 120
 MAX_BODY = 9_000_000
 """The largest that is sent is a direction's files, in base64."""
 QUEUE = 64
+THREADS = 400
+"""Enough for all who wait in line, each in a thread that sleeps, and for whoever is served."""
 
 POLICY = "; ".join(
     (
@@ -245,6 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             enable_monitoring=False,
             pwa=False,
             show_error=False,
+            max_threads=THREADS,
             ssr_mode=False,
             app_kwargs={"middleware": [Middleware(Guard), Middleware(FirstPaint)], "routes": routes(engine)},
         )

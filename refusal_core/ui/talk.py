@@ -239,11 +239,12 @@ def talk(
     try:
         earlier, asked = next_turn(turns, ask)
         asked = replace(asked, ask=ask, used=None if isinstance(ready, Served) else _used(ready))
-        growing = (
-            _served_replies(ready, earlier, asked, ask, stop)
-            if isinstance(ready, Served)
-            else on_gpu(_replies, ready.light, earlier, asked, ask, model=ready.model, seconds=REPLY, stop=stop)
-        )
+        if isinstance(ready, Served):
+            growing = _served_replies(ready, earlier, asked, ask, stop)
+        elif stop.is_set():  # no GPU is borrowed for a message that nobody wants answered any more
+            growing = _replies(ready, earlier, asked, ask, stop)
+        else:
+            growing = on_gpu(_replies, ready.light, earlier, asked, ask, model=ready.model, seconds=REPLY, stop=stop)
         for turn in growing:
             finished = all(reply.ending for reply in turn.replies.values())
             left = (*earlier, _cut_off(turn))
@@ -516,8 +517,12 @@ def _notice(turn: Turn) -> str:
     changed = [reply for pane, reply in turn.replies.items() if reply.strength and pane != "control"]
     if changed and len(said) == 1 and not {reply.ending for reply in turn.replies.values()} & {"stopped", "filtered"}:
         return "All panes answered the same: the direction hardly matters for this prompt."
-    if (pushed := turn.replies.get("added")) and pushed.ending and "repeats" in judge(pushed.text, "default").reason:
-        return f"The text repeats itself: the push is too strong. Try below {pushed.strength:g}×."
+    ways: tuple[tuple[Pane, str], ...] = (("added", "{:g}×"), ("removed", "{:.0%}"))
+    for pane, said in ways:
+        reply = turn.replies.get(pane)
+        if reply and reply.strength and reply.ending and "repeats" in judge(reply.text, "default").reason:
+            strength = said.format(reply.strength)
+            return f"The text repeats itself: the push is too strong. Try a strength nearer to 0 than {strength}."
     return ""
 
 
