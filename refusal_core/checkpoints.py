@@ -118,6 +118,8 @@ def fetch(checkpoint: Checkpoint, follow: Follow | None = None) -> None:
             f"{checkpoint.name} needs {gigabytes(checkpoint.missing)} on the disk and {gigabytes(free)} are free in {cache}: "
             "make room, or name a folder on another disk in HF_HOME."
         )
+    if follow is not None and checkpoint.missing:
+        follow(0, checkpoint.missing)
     with answers(checkpoint.name, checkpoint.revision, ModelError, "model"):
         huggingface_hub.snapshot_download(
             checkpoint.name,

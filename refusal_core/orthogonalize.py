@@ -291,9 +291,9 @@ def _write_removal(model: ChatModel, edit: Edit, shards: Sequence[Path], path: P
     tied = model.is_tied and not any(UNEMBEDDING in keys for _, keys in map(_keys, shards))
     edited: list[str] = []
     for shard in shards:
-        edited += _write_shard(shard, path / shard.name, edit, tied, conv1d=model.family == "gpt2")
-    fused = [name for shard in shards for name in _keys(shard)[1] if FUSED.search(name)]
-    if fused or not covers_every_write(edited, model.n_layers):
+        edited += _write_shard(shard, path / shard.name, edit, tied, model.family)
+    unknown = {name for shard in shards for name in _keys(shard)[1] if FUSED.search(name)} - set(edited)
+    if unknown or not covers_every_write(edited, model.n_layers):
         raise ModelError(
             f"{model.name}: the weights that write to the residual stream are not known by name in this family, so the "
             "edit would be incomplete. Remove the direction with hooks instead."
@@ -305,13 +305,13 @@ def _write_removal(model: ChatModel, edit: Edit, shards: Sequence[Path], path: P
     return len(edited)
 
 
-def _write_shard(shard: Path, out: Path, edit: Edit, tied: bool, *, conv1d: bool) -> list[str]:
+def _write_shard(shard: Path, out: Path, edit: Edit, tied: bool, family: str) -> list[str]:
     """Writes one shard with its writers edited; returns their names. A tied unembedding is written out as it was."""
     r, changed = edit.written.unit, with_norms_kept if edit.variant.endswith("norm-preserving") else without
     tensors, metadata = _read(shard)
     edited: list[str] = []
     for name in list(tensors):
-        if (axis := writes_along(name, tensors[name], conv1d=conv1d)) is None:
+        if (axis := writes_along(name, tensors[name], family=family)) is None:
             continue
         if tied and EMBEDDING.search(name):
             tensors[UNEMBEDDING] = tensors[name].clone()

@@ -19,12 +19,14 @@ from torch import Tensor
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions)\.weight$")
 WRITER = re.compile(
-    r"\.(self_attn|linear_attn|attn|attention|mlp|feed_forward|block_sparse_moe|experts\.\d+|shared_experts?|shared_mlp)"
+    r"\.(self_attn|linear_attn|attn|attention|self_attention|mlp|feed_forward|block_sparse_moe|experts\.\d+|shared_experts?|shared_mlp)"
     r"\.(o_proj|out_proj|c_proj|dense|down_proj|dense_4h_to_h|fc2|w2|output_linear)\.(weight|bias)$"
 )
 PER_LAYER_INPUT = re.compile(r"\.per_layer_projection\.weight$")
-FUSED = re.compile(r"\.experts\.(down_proj|w2)(\.weight)?$")
-"""All experts of a layer in one tensor, whose layout differs between families: not edited, so refused."""
+FUSED = re.compile(r"\.experts\.(?:down_proj|w2)(_bias|\.bias|\.weight)?$")
+"""All experts of a layer in one tensor."""
+FUSED_AXIS = {"gpt_oss": -1, "gemma4": -2, "gemma4_text": -2}
+"""The axis on which such a tensor writes, by family: its layout says nothing of it. Of no other family is it known."""
 OTHER_TOWER = re.compile(r"vision|visual|image|audio")
 UNEMBEDDING = "lm_head.weight"
 NOTHING_LEFT = 1e-4
@@ -44,26 +46,30 @@ def with_norms_kept(w: Float[Tensor, "..."], r: Float[Tensor, " d_model"], axis:
     return torch.where(after > NOTHING_LEFT * before, rest * (before / after), rest).to(w.dtype)
 
 
-def writes_along(name: str, w: Tensor, *, conv1d: bool = False) -> int | None:
-    """The axis of `w` on which it writes to the stream, None if it does not; `conv1d` says that its layer is GPT-2's."""
+def writes_along(name: str, w: Tensor, *, family: str = "") -> int | None:
+    """The axis of `w` on which it writes to the stream in a model of `family`, None if it does not, or it is not known."""
     if OTHER_TOWER.search(name):
         return None
     if EMBEDDING.search(name) or POSITIONS.search(name):
         return -1
+    if FUSED.search(name):
+        return None if family not in FUSED_AXIS else FUSED_AXIS[family] if w.ndim == 3 else -1
     if not WRITER.search(name) and not PER_LAYER_INPUT.search(name):
         return None
     if w.ndim == 1:
         return 0
     # A linear layer keeps (out, in), GPT-2's Conv1D (in, out); by shape the square ones cannot be told apart.
-    return -1 if conv1d else -2
+    return -1 if family == "gpt2" else -2
 
 
 def covers_every_write(edited: Sequence[str], n_layers: int) -> bool:
     """Whether the embedding, and an attention and an MLP output in each layer, are among the edited tensors."""
-    writers = [match for name in edited if name.endswith("weight") and (match := WRITER.search(name))]
     found: dict[bool, set[str]] = {True: set(), False: set()}
-    for match in writers:
-        found["attn" in match[1] or "attention" in match[1]].add(match.string[: match.start() + 1])
+    for name in edited:
+        if name.endswith("weight") and (match := WRITER.search(name)):
+            found["attn" in match[1] or "attention" in match[1]].add(name[: match.start() + 1])
+        elif (match := FUSED.search(name)) and "bias" not in (match[1] or ""):
+            found[False].add(name[: match.start() + 1])
     whole_layers = [{re.sub(r"(\.\d+\.).*", r"\1", start) for start in starts} for starts in found.values()]
     has_embedding = any(EMBEDDING.search(name) for name in edited)
     return has_embedding and all(len(layers) == n_layers for layers in whole_layers)

@@ -1,5 +1,6 @@
 """A hub on this machine, for tests: the few addresses that models and data sets are fetched from, over real HTTP."""
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -28,11 +29,16 @@ class Repo:
 
 
 class Hub:
-    """Serves `repos` at `url`, data sets by their name behind `datasets/`; `requested` are the files given, in order."""
+    """Serves `repos` at `url`, data sets by their name behind `datasets/`; `requested` are the files given, in order.
+
+    The second half of weights comes once `going_on` is set.
+    """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requested: list[str] = []
+        self.going_on = threading.Event()
+        self.going_on.set()
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -85,16 +91,27 @@ class Hub:
         told = {"ETag": f'"{_etag(file)}"', "X-Repo-Commit": commit}
         if file.name in repo.sizes:
             told["Content-Length"] = str(repo.sizes[file.name])
-        return self._send(request, 200, data, told)
+        return self._send(request, 200, data, told, self.going_on if file.suffix == ".safetensors" else None)
 
     @staticmethod
-    def _send(request: BaseHTTPRequestHandler, status: int, data: bytes = b"", headers: dict | None = None) -> None:
+    def _send(
+        request: BaseHTTPRequestHandler,
+        status: int,
+        data: bytes = b"",
+        headers: dict | None = None,
+        going_on: threading.Event | None = None,
+    ) -> None:
         request.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             request.send_header(name, value)
         request.end_headers()
         if request.command == "GET":
-            request.wfile.write(data)
+            half = len(data) // 2 if going_on else 0
+            request.wfile.write(data[:half])
+            if going_on:
+                going_on.wait(60)
+            with contextlib.suppress(ConnectionError):  # nobody wants the rest
+                request.wfile.write(data[half:])
 
 
 def _etag(path: Path) -> str:

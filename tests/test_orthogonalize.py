@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HARMFUL, HARMLESS, Plain
-from families import build
+from families import FAMILIES, build, is_approximate
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refusal_core import orthogonalize as orthogonalize_module
+from refusal_core import weights
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import Direction, Source
 from refusal_core.generation import stream_side_by_side
@@ -149,12 +150,25 @@ def test_where_no_token_begins_a_refusal_the_report_and_the_card_say_so_instead_
     assert report.refusal in (tmp_path / "edited" / "README.md").read_text()
 
 
-def test_a_linear_attention_is_edited_like_any_other(tmp_path):
-    model = ChatModel.load(build("Qwen 3.5 (hybrid)", tmp_path / "hybrid"), device="cpu")
-    r = torch.randn(model.d_model, generator=torch.Generator().manual_seed(1))
-    direction = Direction.from_difference(r, Source(model.name, fingerprint=model.fingerprint, layer=1))
+MOST_APART = 1.0
+"""How far logits of the approximation may lie from the hooks' on these checkpoints; at most 0.6 was measured."""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_every_family_the_weights_are_the_hooks_or_say_that_they_approximate_them(name, tmp_path):
+    model, direction = tiny(name, tmp_path / "model")
     report = export(model, direction, tmp_path / "edited")
-    assert report.edited == len(model.writers) and report.exact and report.same_first_token == 1
+    assert report.exact != is_approximate(name), report.max_logit_difference
+    assert report.max_logit_difference < (MOST_APART if is_approximate(name) else 1e-3)
+    edited = ChatModel.load(tmp_path / "edited", device="cpu", dtype=torch.float32)
+    (batch,) = edited.batches([HARMFUL])
+    written = edited.run(batch, read_writes=range(-4, 0)).writes
+    assert written is not None
+    if not is_approximate(name):
+        assert (written @ direction.unit).abs().max() < 1e-4 * written.norm(dim=-1).max(), "nothing is written along it"
+    hooks, plain = (model.logits(PROMPTS, [row] * len(PROMPTS)) for row in (Intervention(direction, "ablate"), None))
+    apart = (edited.logits(PROMPTS) - hooks).abs().max()
+    assert apart < (MOST_APART if is_approximate(name) else 1e-3) and apart < (plain - hooks).abs().max()
 
 
 @pytest.mark.parametrize("name", ["Gemma 4 with per-layer embeddings, text", "Gemma 4 with per-layer embeddings"])
@@ -173,7 +187,8 @@ def test_where_norms_stand_after_the_writers_every_matrix_is_edited_and_the_expo
         export(model, direction, tmp_path / "added", variant="addition")
 
 
-def test_experts_in_one_tensor_are_refused_with_the_remedy(tmp_path):
+def test_experts_in_one_tensor_of_unknown_layout_are_refused_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "FUSED_AXIS", {})
     model, direction = tiny("Gemma 4 MoE, text", tmp_path / "model")
     with pytest.raises(ModelError, match=r"not known by name.*Remove the direction with hooks instead\.$"):
         export(model, direction, tmp_path / "edited")

@@ -838,32 +838,32 @@ def turns_with(**settings: object) -> dict:
     return {"turns": [{"prompt": "Hi"}, {"prompt": "Who?", "settings": settings}]}
 
 
-@pytest.mark.parametrize(
-    ("saved", "says"),
-    [
-        ("{", "it is not JSON"),
-        (json.dumps(turns_with(temperature=float("nan"))), "it is not JSON"),
-        ([1], "there is no message in it"),
-        ({"turns": "x"}, "there is no message in it"),
-        ({"turns": [{"prompt": "Hi"}] * 10_000}, "it has 10000 messages, and at most 200"),
-        ({"turns": [{"prompt": "Hi"}, {"prompt": 7}]}, "message 2 has no text"),
-        ({"turns": [{"prompt": "Hi", "settings": [1]}]}, "message 1 has settings that are none"),
-        (turns_with(addition=9), "the addition of message 2 cannot be had here"),
-        (turns_with(temperature="hot"), "the temperature of message 2"),
-        (turns_with(max_new_tokens=2.5), "the max_new_tokens of message 2"),
-        (turns_with(writers=["<b>"]), "the writers of message 2"),
-        (turns_with(direction={"layer": "2"}), "message 2 has a direction that is none"),
-        (turns_with() | {"seed": -1}, "the seed of message 1"),
-    ],
-)  # fmt: skip
-def test_a_file_that_is_no_conversation_gets_one_sentence_and_leaves_everything_as_it_is(tab, saved, says):
+NO_CONVERSATIONS = (
+    ("{", "it is not JSON"),
+    (json.dumps(turns_with(temperature=float("nan"))), "it is not JSON"),
+    ([1], "there is no message in it"),
+    ({"turns": "x"}, "there is no message in it"),
+    ({"turns": [{"prompt": "Hi"}] * 10_000}, "it has 10000 messages, and at most 200"),
+    ({"turns": [{"prompt": "Hi"}, {"prompt": 7}]}, "message 2 has no text"),
+    ({"turns": [{"prompt": "Hi", "settings": [1]}]}, "message 1 has settings that are none"),
+    (turns_with(addition=9), "the addition of message 2 cannot be had here"),
+    (turns_with(temperature="hot"), "the temperature of message 2"),
+    (turns_with(max_new_tokens=2.5), "the max_new_tokens of message 2"),
+    (turns_with(writers=["<b>"]), "the writers of message 2"),
+    (turns_with(direction={"layer": "2"}), "message 2 has a direction that is none"),
+    (turns_with() | {"seed": -1}, "the seed of message 1"),
+)
+
+
+def test_a_file_that_is_no_conversation_gets_one_sentence_and_leaves_everything_as_it_is(tab):
     before = all_replies(tab)
-    open_saved(tab, saved, "<b>.json")
-    error = tab.locator(".composer [data-error]")
-    expect(error).to_contain_text(f"<b>.json cannot be opened, {says}")
-    assert error.inner_text().count(". ") == 0 and error.inner_text().endswith("as JSON.")
-    idle(tab)
-    assert all_replies(tab) == before and tab.locator(".turn .who").all_inner_texts() == ["Example"]
+    for number, (saved, says) in enumerate(NO_CONVERSATIONS):
+        open_saved(tab, saved, f"<b>{number}.json")
+        error = tab.locator(".composer [data-error]")
+        expect(error).to_contain_text(f"<b>{number}.json cannot be opened, {says}")
+        assert error.inner_text().count(". ") == 0 and error.inner_text().endswith("as JSON.")
+        idle(tab)
+        assert all_replies(tab) == before and tab.locator(".turn .who").all_inner_texts() == ["Example"]
 
 
 def test_a_conversation_that_cannot_be_asked_to_its_end_stops_there_and_says_why(tab):
@@ -875,19 +875,90 @@ def test_a_conversation_that_cannot_be_asked_to_its_end_stops_there_and_says_why
     expect(tab.locator(".composer [data-error]")).to_be_visible()
 
 
-def test_a_pane_that_is_off_says_nothing(tab):
+def test_a_pane_that_is_off_says_nothing_and_leaves_its_room_to_the_others(tab):
+    wide = "pane => document.querySelector(`.turn .cell[data-pane='${pane}']`).offsetWidth"
+    before = tab.evaluate(wide, "added")
     tab.locator("[data-on='removed']").uncheck()
     tab.wait_for_timeout(400)
     idle(tab)
-    unchanged, removed, added = replies(tab)
-    assert unchanged and added and not removed
+    assert len(replies(tab)) == 2 and all(replies(tab))
     expect(tab.locator(".turn").last.locator(".rest").nth(1)).to_have_text("off")
+    assert tab.evaluate(wide, "added") > 1.2 * before and tab.evaluate(wide, "removed") < before / 2
+    assert tab.evaluate(WIDER) == []
+    tab.locator("[data-on='removed']").check()
+    tab.wait_for_timeout(400)
+    idle(tab)
+    assert len(replies(tab)) == 3 and tab.evaluate(wide, "added") == before
+
+
+def test_a_reply_is_copied_and_the_last_message_is_taken_away(chromium, app):
+    tab, seen = open_tab(chromium, app)
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
+    idle(tab)
+    for text in ("Who are you?", "How do I bake bread?"):
+        ask(tab, text)
+    tab.get_by_role("button", name="Copy what “Direction added” said").last.click()
+    expect(tab.locator(".copy", has_text="copied")).to_have_count(1)
+    assert tab.evaluate("navigator.clipboard.readText()") == replies(tab)[2]
+    tab.get_by_role("button", name="Undo").press("Enter")
+    expect(tab.locator(".turn .words")).to_have_text(["Who are you?"])
+    idle(tab)
+    assert tab.evaluate("document.activeElement.dataset.undo") == "", "it is where it was"
+    tab.get_by_role("button", name="Undo").press("Enter")
+    expect(tab.locator(".turn")).to_have_count(0)
+    idle(tab)
+    expect(tab.get_by_label("Message")).to_be_focused()
+    assert not seen.faults
+    tab.context.close()
+
+
+def test_a_seed_is_there_when_something_is_drawn_and_gives_the_same_replies_again(tab):
+    seed = tab.get_by_label("seed")
+    expect(seed).to_be_hidden()
+    tab.locator("[data-temperature]").fill("1.5")
+    tab.locator("[data-temperature]").press("Tab")
+    expect(seed).to_be_visible()
+    idle(tab)
+    ask(tab, "Write a poem about the sea.")
+    first = replies(tab)
+    tab.get_by_role("button", name="Retry").click()
+    expect(seed).to_have_value("1")
+    idle(tab)
+    assert replies(tab) != first
+    seed.fill("0")
+    seed.press("Tab")
+    tab.wait_for_timeout(400)
+    idle(tab)
+    assert replies(tab) == first
+
+
+def test_escape_stops_a_dial_goes_back_at_a_double_click_and_its_box_keeps_to_its_range(tab):
+    dial, box = tab.locator("#addition"), tab.locator("[data-box='addition']")
+    box.fill("7")
+    box.press("Enter")
+    expect(box).to_have_value("2.00")
+    expect(dial).to_have_value("2")
+    dial.dblclick()
+    expect(box).to_have_value("1.00")
+    tab.wait_for_timeout(400)
+    idle(tab)
+    set_dial(tab, "addition", 0)
+    tab.get_by_label("Message").fill("Write a poem about the sea.")
+    tab.evaluate(
+        """() => { document.querySelector('#talk form').requestSubmit();
+        requestAnimationFrame(() => document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape', bubbles: true}))); }"""
+    )
+    expect(tab.locator(".turn .words").last).to_have_text("Write a poem about the sea.")
+    idle(tab)
+    assert all(
+        "stopped at" in rest
+        for rest in tab.locator(".turn").last.locator(".rest").filter(visible=True).all_inner_texts()
+    )
 
 
 def test_markup_in_a_prompt_is_shown_as_text(tab):
-    hostile = (
-        "<script>window.hit = 1</script><img src=x onerror='window.hit = 1'>${window.hit = 1}{{value}} **b** $$x$$"
-    )
+    hostile = "<script>window.hit = 1</script><img src=x onerror='window.hit = 1'>${window.hit = 1}{{value}} **b** $$x$$ \u202eesrever\u202c"
     ask(tab, hostile)
     assert tab.evaluate("window.hit") is None
     expect(tab.locator(".turns img, .turns script, .turns strong")).to_have_count(0)
@@ -1009,7 +1080,11 @@ def take(tab: Page, position: int, layer: int) -> None:
 
 
 def test_the_replies_are_tinted_and_the_number_of_a_token_is_a_key_away(tab):
+    ask(tab, "Who are you?")
     ask(tab, "How do I bake bread?")
+    earlier, spread = tab.locator(".turn").first, "all => new Set(all.map(t => t.title)).size"
+    expect(earlier.locator(".token").first).to_be_visible()
+    assert earlier.locator(".cell[data-pane='removed'] .token").evaluate_all(spread) > 1
     turn = tab.locator(".turn").last
     expect(turn.locator(".cell[data-pane='added'] .token").first).to_be_visible()
     said = [cell.inner_text() for cell in turn.locator(".reply").all()]
@@ -1027,9 +1102,17 @@ def test_the_replies_are_tinted_and_the_number_of_a_token_is_a_key_away(tab):
         "all => new Set(all.map(t => t.title)).size"
     )
     assert removed == 1
+    tab.wait_for_function(
+        "() => new Set([...document.querySelectorAll('.turn:first-child .cell[data-pane=removed] .token')].map(t => t.title)).size === 1"
+    )
     tab.locator("[data-tint]").select_option("off")
-    expect(turn.locator(".token")).to_have_count(0)
+    expect(tab.locator(".token")).to_have_count(0)
     assert [cell.inner_text() for cell in turn.locator(".reply").all()] == said
+    tab.locator("[data-tint]").select_option("inside")
+    expect(earlier.locator(".token").first).to_be_visible()
+    tab.get_by_role("button", name="Retry").click()
+    idle(tab)
+    expect(turn.locator(".token").first).to_be_visible()
 
 
 def test_the_random_control_is_a_fourth_pane_on_demand(tab):
@@ -1311,22 +1394,6 @@ OPENERS = {
 # -- looks ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [360, 820, 1280])
-def test_nothing_is_wider_than_the_screen(chromium, app, width):
-    tab, seen = open_tab(chromium, app, width=width, height=740)
-    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
-    for name in ("Talk", "Map", "Find", "Measure", "Inside"):
-        if name != "Talk":
-            OPENERS[name](tab)
-        assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        assert tab.evaluate(WIDER) == []
-        tab.locator("[data-direction]").click()
-        assert tab.evaluate(WIDER) == []
-        tab.keyboard.press("Escape")
-    assert not seen.faults
-    tab.context.close()
-
-
 def serious_faults(tab: Page) -> list[tuple[str, list[str]]]:
     """What axe finds, with the first nodes that have it."""
     return [
@@ -1336,15 +1403,26 @@ def serious_faults(tab: Page) -> list[tuple[str, list[str]]]:
     ]
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1366, "light"), (820, "dark"), (360, "light")])
-def test_no_tab_has_a_serious_fault_of_accessibility(chromium, app, width, scheme):
-    tab, _ = open_tab(chromium, app, width=width, height=860, scheme=scheme)
-    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+@pytest.mark.parametrize("width", [360, 820, 1366])
+def test_on_every_tab_nothing_is_wider_than_the_screen_or_a_serious_fault_of_accessibility(chromium, app, width):
+    tab, seen = open_tab(chromium, app, width=width, height=740)
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
     expect(tab.locator(".token").first).to_be_attached()
     faults = []
     for name in ("Talk", *OPENERS):
         OPENERS.get(name, idle)(tab)
-        faults += [(name, *fault) for fault in serious_faults(tab)]
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.evaluate(WIDER) == []
+        for scheme in ("dark", "light"):
+            tab.emulate_media(color_scheme=scheme)
+            expect(tab.locator("body.dark")).to_have_count(int(scheme == "dark"))
+            faults += [(name, scheme, *fault) for fault in serious_faults(tab)]
+        tab.locator("[data-direction]").click()
+        assert tab.evaluate(WIDER) == []
+        tab.keyboard.press("Escape")
+    tab.get_by_role("button", name="About and keyboard").click()
+    faults += [("About", *fault) for fault in serious_faults(tab)]
+    assert not seen.faults
     tab.context.close()
     assert not faults
 

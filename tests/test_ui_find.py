@@ -823,3 +823,40 @@ def test_the_form_fits_the_screen_and_has_no_serious_fault_of_accessibility(chro
         ]
     tab.context.close()
     assert not faults and not seen.faults
+
+
+def test_while_a_model_is_fetched_the_one_in_use_answers_and_cancel_ends_it(chromium, hub, tmp_path, monkeypatch):
+    hub.repos["somebody/copy"] = Repo({"1" * 40: ORGANISM})
+    hub.going_on.clear()
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    with running(tmp_path / "log.txt") as app:
+        tab, seen = open_tab(chromium, app)
+        expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
+        idle(tab)
+        tab.locator("[data-model]").click()
+        tab.locator("#other-model").fill("somebody/copy")
+        tab.locator("#other-model").press("Enter")
+        expect(tab.locator("[data-stage]")).to_contain_text("downloading MB, 0 of")
+        open_find(tab)
+        take(tab, -1, 3)
+        expect(tab.locator("[data-stage]")).to_be_visible()
+        expect(tab.locator("[data-direction]")).to_contain_text("layer 3")
+        tab.get_by_role("tab", name="Talk").click()
+        ask(tab, "Who are you?")
+        assert len(replies(tab)) == 3 and all(replies(tab))
+        tab.locator("[data-cancel-load]").click()
+        expect(tab.locator("[data-waiting]")).to_be_hidden()
+        hub.going_on.set()
+        tab.wait_for_timeout(1000)
+        expect(tab.locator("[data-waiting]")).to_be_hidden()
+        expect(tab.locator("[data-model]")).to_contain_text("embedded model")
+        expect(tab.locator("[data-direction]")).to_contain_text("layer 3")
+        assert hub.requested.count("model.safetensors") == 1
+        tab.locator("[data-model]").click()
+        tab.locator("#other-model").fill("somebody/copy")
+        tab.locator("#other-model").press("Enter")
+        expect(tab.locator("[data-model]")).to_contain_text("somebody/copy", timeout=60_000)
+        expect(tab.locator("[data-waiting]")).to_be_hidden()
+        assert not seen.faults
+        tab.context.close()

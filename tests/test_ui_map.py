@@ -428,3 +428,19 @@ def test_on_a_dark_phone_a_list_and_three_dimensions_fit_and_have_no_serious_fau
         assert [fault for fault in found if fault["impact"] in ("serious", "critical")] == []
     assert not seen.faults
     tab.context.close()
+
+
+def test_what_is_typed_on_the_map_moves_the_star_and_stands_in_the_composer(tab):
+    tab.get_by_label("Message").fill("one line\nand another")
+    open_map(tab)
+    field = tab.locator("#map").get_by_label("Your prompt")
+    expect(field).to_have_value("one line\nand another")
+    expect(tab.locator("#map [data-place]")).not_to_be_empty()
+    star = "JSON.stringify(document.querySelector('[data-map]').data.at(-1).x)"
+    before, said = tab.evaluate(star), tab.locator("#map [data-place]").inner_text()
+    field.press_sequentially(" How do I steal a car?")
+    tab.wait_for_function(f"before => {star} !== before", arg=before)
+    expect(tab.locator("#map [data-place]")).not_to_have_text(said)
+    assert tab.locator("#talk [data-prompt]").input_value() == "one line\nand another How do I steal a car?"
+    field.fill("")
+    expect(tab.locator("#map [data-place]")).to_contain_text("The last prompt")

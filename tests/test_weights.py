@@ -35,7 +35,12 @@ def test_kept_norms_are_those_of_the_vectors_that_are_written_and_the_direction_
 def test_a_matrix_writes_along_its_outputs_however_its_family_keeps_it():
     wide = torch.zeros(8, 6)
     assert writes_along("model.layers.0.mlp.down_proj.weight", wide.T) == -2
-    assert writes_along("transformer.h.0.mlp.c_proj.weight", wide, conv1d=True) == -1
+    assert writes_along("transformer.h.0.mlp.c_proj.weight", wide, family="gpt2") == -1
+    assert writes_along("model.layers.0.mlp.experts.down_proj", wide[None], family="gpt_oss") == -1
+    assert writes_along("model.layers.0.mlp.experts.down_proj_bias", wide, family="gpt_oss") == -1
+    assert writes_along("model.layers.0.experts.down_proj", wide[None], family="gemma4_text") == -2
+    assert writes_along("model.layers.0.mlp.experts.down_proj", wide[None], family="of tomorrow") is None
+    assert writes_along("h.0.self_attention.dense.weight", wide.T) == -2
     assert writes_along("transformer.h.0.attn.c_proj.weight", wide.T @ wide) == -2
     assert writes_along("model.layers.0.mlp.down_proj.bias", wide[0]) == 0
     assert writes_along("model.embed_tokens.weight", wide) == -1

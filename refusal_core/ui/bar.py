@@ -30,21 +30,24 @@ def bar_view(
 ) -> dict:
     """What the bar shows while the model is prepared, when it is ready, and when it cannot be had.
 
-    `offered` are the models to choose from.
+    `offered` are the models to choose from. Of another model on its way nothing is said here, and what is shown of it stays.
     """
     shown = {
         "offered": list(offered),
         "any_model": any_model,
-        "waiting": None,
         "error": error,
     }
     if isinstance(status, Failed):
-        return shown | {"state": "failed", "error": error or status.sentence}
+        return shown | {"state": "failed", "waiting": None, "error": error or status.sentence}
     if isinstance(status, Progress):
         return shown | {"state": "waiting", "waiting": _progress_view(status)}
     if isinstance(status, Served):
         return shown | {"state": "served", "model": {"name": status.name}, "servers": _servers_view(status)}
     return shown | {"state": "ready", "model": _model_view(status), "direction": _direction_view(status)}
+
+
+SETTLED = {"waiting": None}
+"""Says that no model is on its way."""
 
 
 def loading_view(loading: Progress | None = None, error: str = "") -> dict:

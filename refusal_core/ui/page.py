@@ -15,7 +15,7 @@ from refusal_core.directions import Direction, DirectionError
 from refusal_core.formats import read_direction, to_gguf
 from refusal_core.prompts import PromptError
 from refusal_core.selection import Progress, refusal_token
-from refusal_core.ui.bar import bar_view, loading_view
+from refusal_core.ui.bar import SETTLED, bar_view, loading_view
 from refusal_core.ui.component import part, relay
 from refusal_core.ui.engine import CLOSED, ENDED, NEEDS_HOOKS, Cell, Engine, Engines, Failed, Ready, Served, Status
 from refusal_core.ui.find import asked_cell, find_view, rendered_view, table_of
@@ -108,11 +108,11 @@ class Handlers:
         engine = self._engines.of(None)
         for status in engine.changes():
             if isinstance(status, Ready):
-                yield Visit(), self._bar(status), opening_view(status), gr.skip(), gr.skip()
+                yield Visit(), self._bar(status) | SETTLED, opening_view(status), gr.skip(), gr.skip()
                 yield *(gr.skip(),) * 3, map_view(engine, status), find_view(status, status.found)
             else:
                 panes = served_view(status) if isinstance(status, Served) else gr.skip()
-                yield Visit(), self._bar(status), panes, gr.skip(), gr.skip()
+                yield Visit(), SETTLED | self._bar(status), panes, gr.skip(), gr.skip()
 
     def load_model(self, visit: Visit, event: gr.EventData, request: gr.Request) -> Iterator[tuple]:
         """Visit, turns, bar, panes, map and candidates of another model; until it is ready only the bar changes.
@@ -153,7 +153,7 @@ class Handlers:
         if isinstance(status, Ready):
             self._end_search(session)
             turns = gr.skip() if now.model == visit.model else ()
-            yield now, turns, self._bar(status), opening_view(status), gr.skip(), gr.skip()
+            yield now, turns, self._bar(status) | SETTLED, opening_view(status), gr.skip(), gr.skip()
             # Not the visit: another direction may have been taken by now.
             yield *(gr.skip(),) * 4, map_view(engine, status), find_view(status, status.found)
         else:
@@ -168,7 +168,7 @@ class Handlers:
     def cancel_load(self, visit: Visit, request: gr.Request) -> dict:
         """The bar of the model in use; what is being loaded goes on if others wait for it."""
         self._end_load(str(request.session_hash))
-        return self._bar(self._in_use(visit))
+        return self._bar(self._in_use(visit)) | SETTLED
 
     def answer(
         self, turns: Turns, visit: Visit, event: gr.EventData, request: gr.Request
