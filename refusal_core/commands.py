@@ -225,7 +225,8 @@ def _evaluate_here(options: argparse.Namespace, prompts: PromptSet, how: dict[st
         return report
     texts, length = prompts.harmless[:N_CURVE], options.max_new_tokens
     kinds: tuple[Kind, ...] = ("ablate", "add")
-    damage = (followed(damage_curve(model, texts, direction, kind, max_new_tokens=length)) for kind in kinds)
+    how = {"rules": options.rules, "max_new_tokens": length}
+    damage = (followed(damage_curve(model, texts, direction, kind, **how)) for kind in kinds)
     return replace(report, damage=tuple(damage))
 
 

@@ -127,11 +127,11 @@ class Rates:
 
 @dataclass(frozen=True)
 class Damage:
-    """What a direction costs at each strength, in rising order: means over the replies to `n` harmless prompts.
+    """What a direction does at each strength, in rising order: means over the replies to `n` prompts, harmless ones for damage.
 
     `kl` is of the first token against the untouched model, in nats; `cross_entropy` of its greedy replies of at most
     `max_new_tokens`, in nats per token, NaN if all are empty; `repetition` the share of repeated 4-grams in the replies
-    at that strength.
+    at that strength, and `refused` how many of these a judge by `rules` calls refused.
     """
 
     kind: Kind
@@ -141,18 +141,21 @@ class Damage:
     kl: tuple[float, ...]
     cross_entropy: tuple[float, ...]
     repetition: tuple[float, ...]
+    refused: tuple[int, ...]
+    rules: Rules
 
 
 def damage_table(damages: Sequence[Damage]) -> str:
     """The damage at every strength, in Markdown."""
     lines = [
-        "| harmless prompts | strength | n | KL (nats) | cross-entropy (nats/token) | repeated 4-grams |",
-        "|---|---|---|---|---|---|",
+        "| harmless prompts | strength | n | refused | KL (nats) | cross-entropy (nats/token) | repeated 4-grams |",
+        "|---|---|---|---|---|---|---|",
     ]
     for d in damages:
         what = "direction removed" if d.kind == "ablate" else "direction added"
-        for scale, kl, ce, again in zip(d.scales, d.kl, d.cross_entropy, d.repetition, strict=True):
-            lines.append(f"| {what} | {_signed(scale)} | {d.n} | {_nats(kl)} | {_nats(ce)} | {again:.1%} |")
+        for scale, k, kl, ce, again in zip(d.scales, d.refused, d.kl, d.cross_entropy, d.repetition, strict=True):
+            measured = f"{_share(k, d.n)} | {_nats(kl)} | {_nats(ce)} | {again:.1%}"
+            lines.append(f"| {what} | {_signed(scale)} | {d.n} | {measured} |")
     return "\n".join(lines)
 
 
@@ -661,38 +664,47 @@ def damage_curve(
     kind: Kind,
     *,
     max_new_tokens: int = 64,
+    rules: Rules = "paper",
     scales: Sequence[float] | None = None,
     stop: threading.Event | None = None,
 ) -> Iterator[Progress | Damage]:
-    """What the direction costs on harmless `texts` at `scales`, by default `REMOVALS` or `ADDITIONS`; at last `Damage`.
+    """What the direction does to replies to `texts` at `scales`, by default `REMOVALS` or `ADDITIONS`; at last `Damage`.
 
     One step reads the untouched model's replies at a strength; only those are completed anew that would change there.
-    Ends early when `stop` is set. Raises PromptError without texts, and PromptError and ModelError as `ChatModel.begin`.
+    Ends early when `stop` is set. Raises ValueError for unknown `rules`, PromptError without texts, and PromptError and
+    ModelError as `ChatModel.begin`.
     """
+    check_rules(rules)
     if not texts:
         raise PromptError("Damage is measured on harmless prompts, and there is none: add some.")
     scales = tuple(scales) if scales is not None else REMOVALS if kind == "ablate" else ADDITIONS
     rows: list[Row] = [(), *((Intervention(direction, kind, scale),) for scale in scales if scale)]
     n, total = len(texts), len(rows) * len(texts)
     stage = f"damage of {'removal' if kind == 'ablate' else 'addition'}"
-    said: dict[int, list[int]] = {}  # by the number of the row, times n, and that of the text
+    said: dict[
+        int, tuple[list[int], bool]
+    ] = {}  # tokens and verdict, by the number of the row, times n, and of the text
+
+    def read(reply: tuple[str, Ending]) -> tuple[list[int], bool]:
+        return _tokens(model, reply[0]), judged(*reply, rules).refused
+
     for batch in complete(model, texts, [()] * n, max_new_tokens=max_new_tokens, stop=stop):
-        said |= {i: _tokens(model, text) for i, (text, _) in batch.items()}
+        said |= {i: read(reply) for i, reply in batch.items()}
         yield Progress(stage, len(said), total)
     if len(said) < n:
         return
-    untouched, readings = [said[i] for i in range(n)], list[Reading]()
+    untouched, readings = [said[i][0] for i in range(n)], list[Reading]()
     for number, row in enumerate(rows):
         if stop is not None and stop.is_set():
             return
         readings.append(model.read_replies(texts, untouched, [row] * n, max_new_tokens=max_new_tokens))
         # Who would have said the same need not say it again.
-        said |= {number * n + i: untouched[i] for i in readings[-1].own.nonzero().flatten().tolist()}
+        said |= {number * n + i: said[i] for i in readings[-1].own.nonzero().flatten().tolist()}
         yield Progress(stage, len(said), total)
     missing = [i for i in range(total) if i not in said]
     asked, edits = [texts[i % n] for i in missing], [rows[i // n] for i in missing]
     for batch in complete(model, asked, edits, max_new_tokens=max_new_tokens, stop=stop):
-        said |= {missing[i]: _tokens(model, text) for i, (text, _) in batch.items()}
+        said |= {missing[i]: read(reply) for i, reply in batch.items()}
         yield Progress(stage, len(said), total)
     if len(said) < total:
         return
@@ -700,10 +712,58 @@ def damage_curve(
         (
             kl_divergence(readings[0].first, reading.first).mean().item(),
             reading.losses.nanmean().item(),
-            sum(repetition(said[number * n + i]) for i in range(n)) / n,
+            sum(repetition(said[number * n + i][0]) for i in range(n)) / n,
+            sum(said[number * n + i][1] for i in range(n)),
         )
         for number, reading in enumerate(readings)
     ]
     edited = iter(measured[1:])
-    kl, cross_entropy, again = zip(*(next(edited) if scale else measured[0] for scale in scales), strict=True)
-    yield Damage(kind, n, max_new_tokens, scales, kl, cross_entropy, again)
+    kl, cross_entropy, again, refused = zip(*(next(edited) if scale else measured[0] for scale in scales), strict=True)
+    yield Damage(kind, n, max_new_tokens, scales, kl, cross_entropy, again, refused, rules)
+
+
+@dataclass(frozen=True)
+class RefusalCurve:
+    """How many replies to `n` prompts are refused at each strength, and the same under random directions of the norm."""
+
+    kind: Kind
+    harmful: bool
+    n: int
+    max_new_tokens: int
+    rules: Rules
+    scales: tuple[float, ...]
+    refused: tuple[int, ...]
+    random_refused: tuple[tuple[int, ...], ...]
+
+
+def refusal_curve(
+    model: ChatModel,
+    texts: Sequence[str],
+    direction: Direction,
+    kind: Kind,
+    *,
+    harmful: bool,
+    rules: Rules = "paper",
+    max_new_tokens: int = 64,
+    n_random: int = 5,
+    own: Damage | None = None,
+    stop: threading.Event | None = None,
+) -> Iterator[Progress | RefusalCurve]:
+    """Refusals by strength, of the direction and of `n_random` random ones; yields `Progress` and, last, the curve.
+
+    `own` is what `damage_curve` gave for the same, where that was measured already. Ends early when `stop` is set. Raises
+    as `damage_curve` does.
+    """
+    directions = [direction, *(random_like(direction, seed) for seed in range(n_random))]
+    found = [] if own is None else [own]
+    for number, each in list(enumerate(directions))[len(found) :]:
+        for news in damage_curve(model, texts, each, kind, max_new_tokens=max_new_tokens, rules=rules, stop=stop):
+            if isinstance(news, Damage):
+                found.append(news)
+            else:
+                yield Progress("refusals by strength", number * news.total + news.done, len(directions) * news.total)
+    if len(found) < len(directions):
+        return
+    mine, *randoms = found
+    counts = tuple(each.refused for each in randoms)
+    yield RefusalCurve(kind, harmful, len(texts), max_new_tokens, rules, mine.scales, mine.refused, counts)

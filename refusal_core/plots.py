@@ -107,7 +107,7 @@ def separation_by_layer(maps: Sequence[LayerMap], chosen: int) -> go.Figure:
     lines = (
         ("AUROC on PC1", "ink", "solid", "circle", "y", [s.auroc_pc1 for _, _, s in seen]),
         ("AUROC on the mean difference, held out", "muted", "dot", "square", "y", [s.auroc for _, _, s in seen]),
-        ("|cos(PC1, mean difference)|", "accent", "dash", "diamond", "y", [s.cos_pc1 for _, _, s in seen]),
+        ("|cos(PC1, mean difference)|", "ink", "dash", "diamond", "y", [s.cos_pc1 for _, _, s in seen]),
         ("variance on PC1", "muted", "longdash", "x", "y", [share for _, share, _ in seen]),
         ("d′ on the mean difference, held out", "ink", "dot", "square", "y2", [s.d_prime for _, _, s in seen]),
     )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,8 +29,11 @@ from refusal_core.evaluation import (
     Damage,
     DoseCurve,
     DoseResponse,
+    RefusalCurve,
+    Replies,
     Report,
     classify,
+    complete,
     damage_curve,
     dose_curve,
     dose_response,
@@ -38,9 +42,10 @@ from refusal_core.evaluation import (
     judged_replies,
     name_of,
     paper_rows,
+    refusal_curve,
     tally,
 )
-from refusal_core.generation import stream_side_by_side
+from refusal_core.generation import Ending, stream_side_by_side
 from refusal_core.interventions import Intervention
 from refusal_core.metrics import judge, kl_divergence, refusal_probability, repetition, wilson
 from refusal_core.orthogonalize import export
@@ -190,7 +195,7 @@ def test_the_table_has_a_line_for_every_rate_and_the_json_everything(report: Rep
 
 
 def test_a_number_that_cannot_be_had_is_null_in_the_json_and_a_dash_in_the_table(report: Report):
-    damage = Damage("add", 2, 8, (1.0,), (math.inf,), (math.nan,), (0.25,))
+    damage = Damage("add", 2, 8, (1.0,), (math.inf,), (math.nan,), (0.25,), (1,), "paper")
     odd = replace(report, rates=(replace(report.rates[0], kl=math.nan),), damage=(damage,))
     said = json.loads(odd.as_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert said["rates"][0]["kl"] is None and said["damage"][0]["kl"] == said["damage"][0]["cross_entropy"] == [None]
@@ -432,10 +437,11 @@ def test_damage_by_strength_is_that_of_each_strength_alone(model: ChatModel, fou
     texts, r, scales = load_prompts("test").draw(3).harmless, found.direction, (-0.5, 0.0, 2.0)
     *progress, damage = damage_curve(model, texts, r, "add", max_new_tokens=16, scales=scales)
     assert isinstance(damage, Damage) and progress[-1] == Progress("damage of addition", 9, 9)
-    replies = {}
+    replies, refused = {}, []
     for scale in scales:
         *_, last = stream_side_by_side(model, texts, [Intervention(r, "add", scale)] * 3, max_new_tokens=16)
         replies[scale] = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in last.texts]
+        refused.append(sum(judge(text).refused for text in last.texts))
     for i, scale in enumerate(scales):
         rows = [Intervention(r, "add", scale)] * 3
         assert damage.cross_entropy[i] == pytest.approx(
@@ -445,6 +451,7 @@ def test_damage_by_strength_is_that_of_each_strength_alone(model: ChatModel, fou
             kl_divergence(model.logits(texts), model.logits(texts, rows)).mean().item(), abs=1e-5
         )
         assert damage.repetition[i] == pytest.approx(sum(map(repetition, replies[scale])) / 3)
+    assert list(damage.refused) == refused and refused[1] < refused[2]
     assert damage.cross_entropy[1] < damage.cross_entropy[2] and damage.kl[1] == 0
     assert damage.repetition[1] < damage.repetition[2], "there must have been something to count"
     stop = threading.Event()
@@ -452,6 +459,25 @@ def test_damage_by_strength_is_that_of_each_strength_alone(model: ChatModel, fou
     assert list(damage_curve(model, texts, r, "add", stop=stop)) == []
     with pytest.raises(PromptError, match="there is none"):
         next(damage_curve(model, [], r, "add"))
+
+
+def test_refusals_by_strength_fall_with_the_direction_and_not_with_random_ones(model: ChatModel, found: Found):
+    texts, r = load_prompts("test").draw(6).harmful, found.direction
+    *progress, curve = refusal_curve(model, texts, r, "ablate", harmful=True, max_new_tokens=16, n_random=2)
+    assert isinstance(curve, RefusalCurve) and curve.scales == REMOVALS and progress[-1].done == progress[-1].total
+    unchanged = [judge(text).refused for text, _ in _only(complete(model, texts, [()] * 6, max_new_tokens=16))]
+    assert curve.refused[0] == sum(unchanged) >= 4 and curve.refused[-1] == 0
+    assert len(curve.random_refused) == 2 and all(counts[-1] >= 4 for counts in curve.random_refused)
+    *_, own = damage_curve(model, texts, r, "ablate", max_new_tokens=16)
+    assert isinstance(own, Damage) and own.refused == curve.refused
+    *_, again = refusal_curve(model, texts, r, "ablate", harmful=True, max_new_tokens=16, n_random=1, own=own)
+    assert isinstance(again, RefusalCurve) and again.refused == curve.refused
+    assert again.random_refused == curve.random_refused[:1]
+
+
+def _only(batches: Iterator[Replies]) -> list[tuple[str, Ending]]:
+    said = {i: reply for batch in batches for i, reply in batch.items()}
+    return [said[i] for i in sorted(said)]
 
 
 # -- a safety classifier beside the judge ----------------------------------------------------------------------------

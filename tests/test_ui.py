@@ -497,6 +497,10 @@ def test_the_bar_says_which_model_device_and_direction(tab):
     tab.locator("[data-direction]").click()
     for word in ("bypass", "induce", "KL", "start like a refusal"):
         expect(tab.locator("[data-sheet]")).to_contain_text(word)
+    tab.get_by_role("button", name="Take another one").click()
+    expect(tab.locator(".cell-button.used")).to_be_visible()
+    expect(tab.locator("[data-sheet]")).to_be_hidden()
+    expect(tab.get_by_role("tab", name="Find")).to_be_focused()
 
 
 def test_a_typed_prompt_streams_into_three_panes_and_the_next_one_goes_on_from_there(tab):
@@ -1310,6 +1314,9 @@ def test_rates_and_curves_are_measured_with_transcripts_and_files(tab, ready, tm
         *measured["curves"]["damage"]["refusal"],
         *measured["curves"]["add"]["refusal"],
     ]
+    refused = measured["curves"]["ablate"]["refused"]
+    assert len(refused) == 11 and refused[0] > refused[-1] == 0 and len(measured["curves"]["ablate"]["random_refused"]) == 5
+    assert len(measured["curves"]["add"]["refused"]) == 21
     assert len(measured["curves"]["damage"]["cross_entropy"]) == 11 == len(measured["curves"]["damage"]["repetition"])
     assert not [name for curve in measured["curves"].values() for name in curve if name.endswith("_figure")]
     assert (

@@ -259,6 +259,12 @@ find('[data-demo-seen]').addEventListener('click', () => {
   find('[data-demo]').hidden = true;
 });
 window.addEventListener('hashchange', () => location.reload()); // a link put into the address of the open page
+find('[data-candidates]').addEventListener('click', () => {
+  closeSheets();
+  const found = [...document.querySelectorAll('#tabs [role="tab"]')].find((tab) => tab.textContent.trim() === 'Find');
+  found.click();
+  found.focus();
+});
 find('[data-cancel-load]').addEventListener('click', () => trigger('cancel_load', {}));
 find('[data-link]').addEventListener('click', copyLink);
 all('[data-save-direction]').forEach((button) => button.addEventListener('click', () => trigger('save_direction', { format: button.dataset.saveDirection })));

@@ -135,7 +135,7 @@ async function drawFigures() {
 }
 
 function marker() {
-  return { type: 'line', x0: layer, x1: layer, y0: 0, y1: 1, yref: 'paper', line: { color: colour('accent'), width: 2 }, opacity: 0.5 };
+  return { type: 'line', x0: layer, x1: layer, y0: 0, y1: 1, yref: 'paper', line: { color: colour('ink'), width: 2 }, opacity: 0.4 };
 }
 
 function listen() {

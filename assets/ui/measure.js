@@ -155,11 +155,11 @@ function provenance() {
 
 /** The points of a curve as rows; `low` and `high` are of the random directions. */
 function* pointsOf(name, cls, row) {
-  const { n, scales, refusal, random_refusal: random, kl, cross_entropy: ce, repetition } = curves[name];
+  const { n, scales, refusal, random_refusal: random, kl, cross_entropy: ce, repetition, refused } = curves[name];
   for (const [i, strength] of scales.entries()) {
     const among = (random || []).map((curve) => curve[i]);
     const start = refusal ? { starts_like_refusal: refusal[i], random_low: Math.min(...among), random_high: Math.max(...among) } : {};
-    yield { class: cls, row, n, kl_nats: kl[i], cross_entropy_nats: ce?.[i], repeated: repetition?.[i], strength, ...start };
+    yield { class: cls, row, n, refused: refused?.[i], kl_nats: kl[i], cross_entropy_nats: ce?.[i], repeated: repetition?.[i], strength, ...start };
   }
 }
 

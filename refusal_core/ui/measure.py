@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from refusal_core.chat_model import ModelError
 from refusal_core.endpoints import evaluate_endpoints
@@ -12,12 +12,14 @@ from refusal_core.evaluation import (
     N_CURVE,
     Damage,
     DoseCurve,
+    RefusalCurve,
     Report,
     damage_curve,
     damage_table,
     dose_curve,
     evaluate,
     paper_rows,
+    refusal_curve,
 )
 from refusal_core.interventions import Kind
 from refusal_core.metrics import Rules, wilson
@@ -104,15 +106,27 @@ def _measured(ready: Ready, wish: Wish, stop: threading.Event, *, local: bool) -
             else:
                 curves[name] = _curve(news, with_refusal=bool(tokens))
     damages: list[Damage] = []
+    how: dict[str, Any] = {"rules": wish.rules, "max_new_tokens": wish.max_new_tokens, "stop": stop}
     costs: tuple[tuple[str, Kind], ...] = (("damage", "ablate"), ("add", "add"))
     for name, kind in costs:
         texts = prompts.harmless[:N_CURVE]
-        for news in damage_curve(model, texts, direction, kind, max_new_tokens=wish.max_new_tokens, stop=stop):
+        for news in damage_curve(model, texts, direction, kind, **how):
             if isinstance(news, Progress):
                 yield head | measuring_view(news)
             else:
                 damages.append(news)
                 curves[name] |= _damage(news)
+    refusals: tuple[tuple[str, Kind, bool, Damage | None], ...] = (
+        ("ablate", "ablate", True, None),
+        ("add", "add", False, damages[-1] if damages else None),
+    )
+    for name, kind, harmful, own in refusals:
+        texts = (prompts.harmful if harmful else prompts.harmless)[:N_CURVE]
+        for news in refusal_curve(model, texts, direction, kind, harmful=harmful, own=own, **how):
+            if isinstance(news, Progress):
+                yield head | measuring_view(news)
+            else:
+                curves[name] |= _refused(news)
     if stop.is_set():
         yield head | {"cancelled": True}
     else:
@@ -202,6 +216,16 @@ def _curve(curve: DoseCurve, *, with_refusal: bool) -> dict:
         if with_refusal
         else None,
         "kl_figure": dose_figure(curve.scales, curve.kl, bands[1], "KL, nats").to_json(),
+    }
+
+
+def _refused(curve: RefusalCurve) -> dict:
+    shares, *random = ([k / curve.n for k in counts] for counts in (curve.refused, *curve.random_refused))
+    band = tuple(map(min, zip(*random, strict=True))), tuple(map(max, zip(*random, strict=True)))
+    return {
+        "refused": curve.refused,
+        "random_refused": curve.random_refused,
+        "refused_figure": dose_figure(curve.scales, shares, band, "share of replies").to_json(),
     }
 
 
