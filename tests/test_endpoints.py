@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -340,7 +341,8 @@ def test_a_server_can_be_asked_where_an_event_loop_runs_and_half_a_character_is_
     async def in_a_notebook(endpoint: Endpoint) -> Endpoint:
         return named(endpoint)
 
-    with scripted(stream(piece("Hi."))) as server:
-        assert asyncio.run(in_a_notebook(Endpoint.read(server.url))).model
+    with scripted(lambda r, body: stream(r, piece("Hi.", "stop"))) as server:
+        with ThreadPoolExecutor(1) as pool:  # in this thread the browser has its own loop
+            assert pool.submit(asyncio.run, in_a_notebook(Endpoint.read(server.url))).result().model
         *_, (_, received) = stream_replies([(Endpoint.read(server.url), "\ud800 hi")], max_new_tokens=8)
     assert "no text" in received.problem

@@ -199,7 +199,7 @@ def test_a_number_that_cannot_be_had_is_null_in_the_json_and_a_dash_in_the_table
     odd = replace(report, rates=(replace(report.rates[0], kl=math.nan),), damage=(damage,))
     said = json.loads(odd.as_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert said["rates"][0]["kl"] is None and said["damage"][0]["kl"] == said["damage"][0]["cross_entropy"] == [None]
-    assert "| 1 | 2 | – | – | 25.0% |" in odd.as_markdown() and "nan" not in odd.as_markdown()
+    assert "| 1 | 2 | 50.0% (9.5% to 90.5%) | – | – | 25.0% |" in odd.as_markdown() and "nan" not in odd.as_markdown()
 
 
 def test_a_run_that_was_stopped_goes_on_with_what_is_missing(model, found, few, report, tmp_path):

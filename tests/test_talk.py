@@ -125,11 +125,15 @@ def test_no_order_of_events_of_two_visitors_brings_changed_text_under_unchanged(
 
 
 @pytest.mark.parametrize("said", ["on and on " * 9, "I'm sorry, I can't " * 9])
-def test_a_push_that_is_too_strong_is_named_also_where_its_text_refuses(said):
+@pytest.mark.parametrize(
+    ("pane", "strength", "named"), [("added", 2.0, "2×"), ("added", -1.0, "-1×"), ("removed", 1.0, "100%")]
+)
+def test_a_push_that_is_too_strong_is_named_also_where_its_text_refuses(said, pane, strength, named):
     replies = {
-        pane: Reply(said if pane == "added" else "Yes.", ending="end", strength=2.0) for pane in ("removed", "added")
+        each: Reply(said if each == pane else "Yes.", ending="end", strength=strength) for each in ("removed", "added")
     }
-    assert "the push is too strong. Try below 2×" in view([Turn("Hi", replies=replies)], 1)["notice"]
+    notice = view([Turn("Hi", replies=replies)], 1)["notice"]
+    assert notice.endswith(f"the push is too strong. Try a strength nearer to 0 than {named}.")
 
 
 def test_replies_that_are_stopped_before_their_first_token_are_stopped_at_0_tokens(models):

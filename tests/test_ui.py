@@ -1315,7 +1315,11 @@ def test_rates_and_curves_are_measured_with_transcripts_and_files(tab, ready, tm
         *measured["curves"]["add"]["refusal"],
     ]
     refused = measured["curves"]["ablate"]["refused"]
-    assert len(refused) == 11 and refused[0] > refused[-1] == 0 and len(measured["curves"]["ablate"]["random_refused"]) == 5
+    assert (
+        len(refused) == 11
+        and refused[0] > refused[-1] == 0
+        and len(measured["curves"]["ablate"]["random_refused"]) == 5
+    )
     assert len(measured["curves"]["add"]["refused"]) == 21
     assert len(measured["curves"]["damage"]["cross_entropy"]) == 11 == len(measured["curves"]["damage"]["repetition"])
     assert not [name for curve in measured["curves"].values() for name in curve if name.endswith("_figure")]
@@ -1761,18 +1765,24 @@ def test_on_a_space_the_list_is_fixed_replies_are_short_and_the_program_ends_whi
     assert str(ROOT) not in tab.locator("body").inner_text()
     expect(tab.get_by_label("any other, by hub id or folder")).to_be_hidden()
     tab.keyboard.press("Escape")
-    tab.locator("[data-length]").fill("200")
-    tab.get_by_label("Message").fill("Hi")
+    tab.get_by_role("tab", name="Measure").click()
+    expect(tab.locator("[data-not-here]")).to_be_visible()
+    expect(tab.locator("[data-write]")).to_be_hidden()
+    assert tab.locator("#measure [data-length]").get_attribute("max") == "120"
+    tab.get_by_role("tab", name="Talk").click()
+    tab.locator("#talk [data-length]").fill("200")
+    tab.get_by_label("Message").fill("What is a quokka?")
     tab.get_by_label("Message").press("Enter")
     expect(tab.locator(".composer [data-error]")).to_contain_text("a number from 1 to 120")
     assert not seen.faults
-    tab.locator("[data-length]").fill("120")
+    tab.locator("#talk [data-length]").fill("120")
     tab.locator("[data-temperature]").fill("2")
     tab.get_by_label("Message").press("Enter")
     expect(tab.locator(".turns")).to_have_attribute("aria-busy", "true")
     ended: queue.Queue[int] = queue.Queue()
     threading.Thread(target=lambda: ended.put(end(app))).start()
     assert ended.get(timeout=25) == 0
+    assert "quokka" not in app.log.read_text(), "what visitors write is in no log"
     tab.context.close()
 
 
