@@ -60,6 +60,7 @@ def main() -> int:
                 for name, opens in tabs.items():
                     if opens:
                         opens(tab)
+                    tab.evaluate("scrollTo(0, 0)")
                     tab.wait_for_timeout(600)
                     path = PICTURES / f"{name}-{size}-{scheme}.png"
                     tab.screenshot(path=path)
