@@ -25,7 +25,7 @@ class Visitor:
         self.stop, self.said = threading.Event(), []
         self._place = line.joined(self.stop)
         self._waits = self._place.__enter__()
-        self.thread = threading.Thread(target=self._wait)
+        self.thread = threading.Thread(target=self._wait, daemon=True)  # one that is never served must not keep the run
         self.thread.start()
 
     def _wait(self) -> None:
@@ -76,12 +76,14 @@ def test_whoever_stops_waits_no_longer_and_those_behind_come_nearer():
 def test_the_time_that_is_told_is_that_of_earlier_work_and_what_was_stopped_does_not_count(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(line_module.time, "monotonic", lambda: now[0])
-    line, stopped = Line(2), threading.Event()
-    for seconds, stop in ((40.0, threading.Event()), (2.0, stopped)):
+    line = Line(2)
+    for seconds, is_stopped in ((40.0, False), (2.0, True)):
+        stop = threading.Event()
         with line.joined(stop) as waits:
             assert list(waits) == []
             now[0] += seconds
-            stopped.set()
+            if is_stopped:
+                stop.set()
     going = threading.Event()
     with (
         line.joined(going),
