@@ -183,7 +183,10 @@ def dose_figure(
     random: tuple[Sequence[float], Sequence[float]] | None,
     title: str,
 ) -> go.Figure:
-    """A measure by strength: that of the direction, and the band between the lowest and the highest random one, if any."""
+    """A measure by strength: that of the direction, and the band between the lowest and the highest random one, if any.
+
+    Shares and probabilities all have the same axis, from 0 to 1.
+    """
     figure = go.Figure()
     if random is not None:
         low, high = random
@@ -196,7 +199,8 @@ def dose_figure(
         line={"width": 2}, marker={"size": 6}, hovertemplate="%{x:.2f}: %{y:.3f}<extra></extra>",
     )  # fmt: skip
     figure.update_xaxes(title="strength", zeroline=True)
-    figure.update_yaxes(title=title, rangemode="tozero")
+    is_share = title.startswith(("probability", "share"))
+    figure.update_yaxes(title=title, rangemode="tozero", range=[0, 1.04] if is_share else None)
     return _styled(figure)
 
 

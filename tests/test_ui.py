@@ -1334,7 +1334,7 @@ def test_rates_and_curves_are_measured_with_transcripts_and_files(tab, ready, tm
     expect(report.locator("table")).to_contain_text("harmlessdirection added 1×6100.0 %")
     expect(report.locator("body")).to_contain_text(ready.model.fingerprint)
     expect(report.locator("details").first).not_to_have_attribute("open", "")
-    assert report.locator("img").evaluate_all("all => all.map((image) => image.naturalWidth > 0)") == [True] * 8
+    assert report.locator("img").evaluate_all("all => all.map((image) => image.naturalWidth > 0)") == [True] * 10
     assert report.locator("details p b").count() == 4 * 12
     report.close()
 

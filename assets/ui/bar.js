@@ -200,7 +200,7 @@ async function copyLink() {
   history.replaceState(null, '', `#${hash}`);
   try {
     await navigator.clipboard.writeText(location.href);
-    note([lost.length ? 'The link is copied.' : 'The link is copied: it opens this page as it is now.', ...lost]);
+    note([lost.length ? 'The link is copied.' : 'The link is copied: it asks these messages again, with the settings of each, on this tab.', ...lost]);
   } catch {
     note(['The address of the page is the link now: copy it from there.', ...lost]);
   }

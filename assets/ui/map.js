@@ -191,7 +191,7 @@ const LABELS = {
 function drawNumbers() {
   find('[data-layer]').value = layer;
   const chosen = view.chosen.layer === layer && view.chosen.position === view.position;
-  find('[data-layer-value]').textContent = `${layer} of ${view.layers.length - 1}${chosen ? ' · the direction is read here' : ''}`;
+  find('[data-layer-value]').textContent = `${layer} of ${view.layers.length}${chosen ? ' · the direction is read here' : ''}`;
   find('[data-map]').setAttribute('aria-label', `Prompts of layer ${layer} ${LABELS[shown()]}`);
   const measured = view.layers[layer];
   const numbers = find('[data-numbers]');

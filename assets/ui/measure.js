@@ -121,6 +121,7 @@ async function drawCurves() {
   find('[data-curves-meaning]').textContent = `Means over ${curves.ablate.n} harmful and ${curves.add.n} harmless prompts. `
     + (curves.ablate.refusal ? '' : '“Starts like a refusal” is not known without refusal tokens: add one in Find. ')
     + `Grey: from the lowest to the highest of ${curves.add.n_random} random directions of the same size, the control. 1 is the paper’s setting. `
+    + 'Refused: what the judge says of whole replies; one that repeats itself is unclear, so a push that is too strong lowers it again. '
     + 'Cross-entropy: of the unchanged model’s replies, as the edited model reads them; what it is above that at 0 is damage. Repeated: 4-grams that occurred in the same reply before.';
   await plotly();
   for (const node of all('[data-figure]')) {

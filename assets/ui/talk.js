@@ -266,7 +266,7 @@ function because(reply) {
 function rest(pane, reply) {
   if (reply.ending === 'off') return 'off';
   if (reply.ending === '') return '';
-  const strength = pane === 'removed' ? `${Math.round(100 * reply.strength)} %` : pane === 'unchanged' ? '' : `${reply.strength.toFixed(2)}×`;
+  const strength = pane === 'removed' ? `${Math.round(100 * reply.strength)} %` : pane === 'unchanged' ? '' : `${signed(reply.strength)}×`;
   const share = reply.writers ? `${reply.writers.length} of ${parts.length} parts` : '';
   const tokens = reply.tokens === 1 ? '1 token' : `${reply.tokens} tokens`;
   const end = reply.tokens === null // a server that does not count them
@@ -285,7 +285,8 @@ function drawTurns(view) {
   find('[data-examples]').hidden = !opened || turns > 1; // a conversation needs the room
   find('[data-idle]').hidden = !opened || turns > 0;
   if (opened) setText(find('[data-idle]'), 'Ask something, or take one of the examples.');
-  if (turns > 1 && (atEnd || grew)) scrollTo({ top: document.documentElement.scrollHeight });
+  if (turns > 1 && grew && matchMedia('(max-width: 760px)').matches) list.lastChild.scrollIntoView(); // the composer stands below all of it
+  else if (turns > 1 && (atEnd || grew)) scrollTo({ top: document.documentElement.scrollHeight });
 }
 
 function drawErrors(view) {
@@ -973,6 +974,9 @@ document.addEventListener('direction', ({ detail }) => {
     const [more, less] = classes.join() === 'harmful,harmless' ? ['more refusal', 'less refusal'] : classes.map((name) => `toward ${name}`);
     setText(find('[data-more]'), more);
     setText(find('[data-less]'), less);
+    const [high, low] = classes.join() === 'harmful,harmless' ? ['refusing', 'answering'] : classes;
+    setText(find('[data-tint-more]'), `▲ ${high}`);
+    setText(find('[data-tint-less]'), `● ${low}`);
   }
   if (!element.isConnected || detail.newModel || direction === detail.digest) return;
   direction = detail.digest;

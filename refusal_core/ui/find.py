@@ -133,7 +133,12 @@ def _funnel(ready: Ready) -> list[dict]:
         left = [s for s in left if not set(rules) & set(broken_rules(s, n_layers))]
         unknown = sum(s.kl is None for s in left) if rules == ("kl",) else 0
         # A candidate that another one beats need not be measured; nothing is claimed about it.
-        steps.append({"name": name + (f" ({unknown} of them not measured)" if unknown else ""), "left": len(left)})
+        steps.append(
+            {
+                "name": name + (f" ({unknown} of them not measured: the choice beats them anyway)" if unknown else ""),
+                "left": len(left),
+            }
+        )
     margin = "" if ready.found.choice.margin is None else f", {ready.found.choice.margin:.2f} below the runner-up"
     last = f"with the lowest bypass: the rule’s choice{margin}" if not by_cosine else "with the highest refuse + comply"
     last = last if relaxed is None else "that needs the rules relaxed least"

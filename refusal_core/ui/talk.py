@@ -516,7 +516,7 @@ def _notice(turn: Turn) -> str:
     said = {reply.text for reply in turn.replies.values()}
     changed = [reply for pane, reply in turn.replies.items() if reply.strength and pane != "control"]
     if changed and len(said) == 1 and not {reply.ending for reply in turn.replies.values()} & {"stopped", "filtered"}:
-        return "All panes answered the same: the direction hardly matters for this prompt."
+        return "All panes answered the same: at these strengths the direction hardly matters for this prompt."
     ways: tuple[tuple[Pane, str], ...] = (("added", "{:g}×"), ("removed", "{:.0%}"))
     for pane, said in ways:
         reply = turn.replies.get(pane)
