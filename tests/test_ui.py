@@ -581,7 +581,8 @@ def test_moving_a_dial_answers_again_and_leaves_the_unchanged_pane_as_it_was(tab
     before = replies(tab)
     for strength in (0.5, 2, -1):
         set_dial(tab, "addition", strength)
-        expect(tab.locator(".turn").last.locator("[data-pane='added'] .rest")).to_contain_text(f"{strength:.2f}×")
+        said = f"{strength:.2f}×".replace("-", "−")
+        expect(tab.locator(".turn").last.locator("[data-pane='added'] .rest")).to_contain_text(said)
         assert replies(tab)[:2] == before[:2]
     expect(tab.locator(".turn")).to_have_count(1)
 

@@ -825,12 +825,12 @@ def test_the_form_fits_the_screen_and_has_no_serious_fault_of_accessibility(chro
     assert not faults and not seen.faults
 
 
-def test_while_a_model_is_fetched_the_one_in_use_answers_and_cancel_ends_it(chromium, hub, tmp_path, monkeypatch):
+def test_while_a_model_is_fetched_the_one_in_use_answers_and_cancel_ends_it(chromium, hub, few, tmp_path, monkeypatch):
     hub.repos["somebody/copy"] = Repo({"1" * 40: ORGANISM})
     hub.going_on.clear()
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    with running(tmp_path / "log.txt") as app:
+    with running(tmp_path / "log.txt", "--prompts", str(few)) as app:
         tab, seen = open_tab(chromium, app)
         expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
         idle(tab)
