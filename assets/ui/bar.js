@@ -171,7 +171,7 @@ async function arrive() {
   arrived = true;
   window.linkApplied.resolve();
   const { state } = await reading;
-  [...document.querySelectorAll('#tabs [role="tab"]')].find((tab) => tab.textContent.trim() === state.tab)?.click();
+  showTab(state.tab);
 }
 
 /** An open sheet would cover what is said below the bar; the focus stays where it was opened. */
@@ -261,9 +261,7 @@ find('[data-demo-seen]').addEventListener('click', () => {
 window.addEventListener('hashchange', () => location.reload()); // a link put into the address of the open page
 find('[data-candidates]').addEventListener('click', () => {
   closeSheets();
-  const found = [...document.querySelectorAll('#tabs [role="tab"]')].find((tab) => tab.textContent.trim() === 'Find');
-  found.click();
-  found.focus();
+  showTab('Find').focus();
 });
 find('[data-cancel-load]').addEventListener('click', () => trigger('cancel_load', {}));
 find('[data-link]').addEventListener('click', copyLink);

@@ -253,9 +253,7 @@ find('[data-put]').addEventListener('click', () => {
 find('[data-none]').addEventListener('click', () => { chosen = new Set(); drawWriters(); });
 find('[data-only]').addEventListener('click', () => {
   document.dispatchEvent(new CustomEvent('confine', { detail: writers.writers.filter((name) => chosen.has(name)) }));
-  const talk = [...document.querySelectorAll('#tabs [role="tab"]')].find((tab) => tab.textContent.trim() === 'Talk');
-  talk.click();
-  talk.focus(); // the button that was pressed is out of sight now
+  showTab('Talk').focus(); // the button that was pressed is out of sight now
 });
 document.addEventListener('confined', ({ detail }) => {
   if (!element.isConnected) return;

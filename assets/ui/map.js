@@ -460,7 +460,7 @@ for (const button of all('[data-drag]')) {
 find('[data-search]').addEventListener('input', search);
 find('[data-clear]').addEventListener('click', () => { clearList(); find('[data-search]').focus(); });
 find('[data-go]').addEventListener('click', () => {
-  document.querySelector('#tabs [role="tab"]').click();
+  showTab('Talk');
   const detail = find('[data-go]').dataset.text;
   // The tab is shown after the click has been dealt with; what is hidden cannot take the focus.
   setTimeout(() => document.dispatchEvent(new CustomEvent('compose', { detail })), 60);

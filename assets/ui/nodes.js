@@ -31,6 +31,13 @@ function pause(button, now) {
   button.setAttribute('aria-disabled', String(now));
 }
 
+/** Shows a tab, and gives its button; nothing for a name that none has. */
+function showTab(name) {
+  const tab = [...document.querySelectorAll('#tabs [role="tab"]')].find((each) => each.textContent.trim() === name);
+  tab?.click();
+  return tab;
+}
+
 /** What the browser keeps of this page for the next visit, where it keeps anything: some refuse to. */
 function kept(name) {
   try {

@@ -289,10 +289,10 @@ class Engine:
     def _fetched(self, done: int, total: int) -> None:
         if self._closing.is_set():
             raise ModelError(ENDED)
-        is_all = done == total
-        self._say(
-            Progress(*(("loading the model", 0, 0) if is_all else ("downloading MB", done // 10**6, total // 10**6)))
-        )
+        if done < total:
+            self._say(Progress("downloading MB", done // 10**6, total // 10**6))
+        else:
+            self._say(Progress("loading the model", 0, 0))
 
     def _find(self, model: ChatModel) -> Status:
         if is_public(self.prompts):
