@@ -157,14 +157,14 @@ def write_along(
 
 @dataclass(frozen=True, eq=False)
 class Patching:
-    """The effect of each writer: how far the refusal score falls when it writes what it wrote for a harmless prompt.
+    """The effect of each part: how far the refusal score falls when it does what it did for a harmless prompt.
 
     Means over `n_pairs` pairs, in log-odds, in the order of `names`; `harmful` and `harmless` are the mean scores of
     the unpatched runs, so that the effect of everything together would be their difference.
     """
 
     names: tuple[str, ...]
-    effect: Float[Tensor, " writer"]
+    effect: Float[Tensor, " part"]
     harmful: float
     harmless: float
     n_pairs: int
@@ -193,7 +193,7 @@ def attribute_writers(
     refusal_tokens: Sequence[int],
     n_pairs: int = N_PAIRS,
 ) -> Attribution:
-    """Attribution patching of every writer and head, at the template's tokens, over the pairs of `patch_writers`.
+    """Attribution patching of every writer and head, at the template's tokens, over the pairs of `patch_parts`.
 
     Raises PromptError as `ChatModel.render` does, and without a pair.
     """
@@ -230,25 +230,25 @@ def _clean_run(model: ChatModel, prompts: Sequence[Conversation], positions: Seq
     return model.run(model.continued(prompts, [()] * len(prompts)), read_writes=positions)
 
 
-def patch_writers(
+def patch_parts(
     model: ChatModel,
     harmful: Sequence[Conversation],
     harmless: Sequence[Conversation],
     refusal_tokens: Sequence[int],
     n_pairs: int = N_PAIRS,
     stop: threading.Event | None = None,
-    writers: Sequence[str] | None = None,
+    parts: Sequence[str] | None = None,
 ) -> Iterator[Progress | Patching]:
-    """Activation patching of `writers` (None: all), at the template's tokens; yields `Progress` and, last, `Patching`.
+    """Activation patching of some of `ChatModel.parts` (None: all), at the template's tokens; yields `Progress` and, last, `Patching`.
 
-    The prompts are paired in order; setting `stop` ends the iteration early. Raises PromptError as `ChatModel.render` does,
+    A writer writes what it wrote for the harmless prompt; a head hands on the z that it handed on there. The prompts are paired in order; setting `stop` ends the iteration early. Raises PromptError as `ChatModel.render` does,
     and without a pair.
     """
     pairs = list(zip(harmful, harmless, strict=False))[:n_pairs]
     _not_empty(pairs)
     positions = range(-model.template_positions, 0)
-    names = model.writers if writers is None else tuple(writers)
-    numbers = [model.writers.index(name) for name in names]
+    names = model.parts if parts is None else tuple(parts)
+    numbers = [model.parts.index(name) for name in names]
     effect, scores = torch.zeros(len(names), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for done, (bad, good) in enumerate(pairs):
         (source,) = model.batches([good])
@@ -257,8 +257,8 @@ def patch_writers(
         assert clean.writes is not None
         base = [refusal_score(output.logits.cpu(), refusal_tokens) for output in (model.run(target), clean)]
         scores += torch.cat(base)
-        for start, end in _parts(target, len(numbers)):
-            patches = [(writer, clean.writes[0, :, writer]) for writer in numbers[start:end]]
+        for start, end in _ranges(target, len(numbers)):
+            patches = [(part, _done_by(model, clean, part)) for part in numbers[start:end]]
             patched = model.run(target.repeat(len(patches)), patches=patches)
             effect[start:end] += base[0] - refusal_score(patched.logits.cpu(), refusal_tokens)
         yield Progress("patching parts", done + 1, len(pairs))
@@ -268,7 +268,17 @@ def patch_writers(
     yield Patching(names, effect / len(pairs), mean[0].item(), mean[1].item(), len(pairs))
 
 
-def _parts(batch: Batch, n: int) -> Iterator[tuple[int, int]]:
+def _done_by(model: ChatModel, output: Output, part: int) -> Float[Tensor, "pos size"]:
+    """What a part did in a run of one prompt: a writer's write, or a head's z."""
+    assert output.writes is not None
+    if part < len(model.writers):
+        return output.writes[0, :, part]
+    layer, head = divmod(part - len(model.writers), model.n_heads)
+    assert output.head_inputs is not None
+    return output.head_inputs[layer][0].unflatten(-1, (model.n_heads, -1))[:, head]
+
+
+def _ranges(batch: Batch, n: int) -> Iterator[tuple[int, int]]:
     """Ranges of `n` rows that fit into a forward step each."""
     size = max(1, BATCH_TOKENS // batch.ids.numel())
     for start in range(0, n, size):

@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from refusal_core import checkpoints, placement
 from refusal_core.checkpoints import Checkpoint, ModelError
 from refusal_core.decoding import Decoding, Desk, Turns
-from refusal_core.interventions import Intervention, Row, RowEdits, as_row
+from refusal_core.interventions import Intervention, Row, RowEdits, as_row, head_name
 from refusal_core.metrics import CLOSES_THOUGHT, OPENS_THOUGHT
 from refusal_core.placement import Device, Placement
 from refusal_core.products import multiply_from_the_other_side
@@ -116,8 +116,9 @@ class Gradients:
     by_head_input: tuple[Float[Tensor, "row pos heads_x_d_head"], ...] | None
 
 
-Patch = tuple[int, Float[Tensor, "pos d_model"]]
-"""A writer by its number, and what it is made to write at the last positions, whatever the prompt."""
+Patch = tuple[int, Float[Tensor, "pos _"]]
+"""A part by its number in `ChatModel.parts`, and what it is made to do at the last positions, whatever the prompt: what a
+writer writes ("pos d_model"), or what a head hands to the matrix through which it writes ("pos d_head")."""
 
 
 @dataclass(eq=False)
@@ -178,6 +179,8 @@ class ChatModel:
         self.placed = placed or Placement(self.device, self.dtype)
         self.d_model: int = model.config.get_text_config().hidden_size
         self.n_heads: int = model.config.get_text_config().num_attention_heads
+        of_layers = range(self.n_layers if self._parts.head_outputs else 0)
+        self.parts = (*self.writers, *(head_name(layer, head) for layer in of_layers for head in range(self.n_heads)))
         self.d_vocab: int = cast(torch.nn.Linear, model.get_output_embeddings()).weight.shape[0]
         self.write_scale: float = getattr(model.config.get_text_config(), "residual_multiplier", 1.0)
         self.block_scales: tuple[float, ...] = tuple(map(_number_of, range(self.n_layers), self._parts.blocks))
@@ -247,10 +250,17 @@ class ChatModel:
             weakref.finalize(model, stack.pop_all().close)  # what is on the disk is there as long as the model
         return model
 
-    def load_beside(self, folder: str | Path) -> "ChatModel":
-        """The checkpoint in `folder`, placed as this model was asked to be; raises ModelError as `load` does."""
-        placed = self.placed
-        return ChatModel.load(folder, device=placed.device, dtype=placed.dtype, four_bit=placed.four_bit)
+    def load_beside(self, folder: str | Path, *, blocks_on_disk: bool = False) -> "ChatModel":
+        """The checkpoint in `folder`, placed as this model was asked to be; raises ModelError as `load` does.
+
+        With `blocks_on_disk` a model that would be on one device leaves its blocks in their files, and has each in memory
+        only while it computes: as much as there is room for beside this one.
+        """
+        device: Device = self.placed.device
+        if blocks_on_disk and isinstance(device, torch.device) and device.type != "mps":
+            named = {module: name for name, module in self._model.named_modules()}
+            device = {"": device, **{named[block]: "disk" for block in self._parts.blocks}}
+        return ChatModel.load(folder, device=device, dtype=self.placed.dtype, four_bit=self.placed.four_bit)
 
     def to(self, device: str | torch.device) -> "ChatModel":
         """The model itself, with its weights on `device` from now on; replies in progress must have ended."""
@@ -556,9 +566,8 @@ class ChatModel:
         """What each attention head writes along r̂: (z_h W_O^h) · r̂, in float32 on the CPU, biases left out."""
         along = []
         with self._lock, torch.inference_mode(), placement.reading(self.name):
-            for z, matrix in zip(head_inputs, self._parts.head_outputs, strict=True):
-                kept = placement.weight(matrix)
-                w = kept if isinstance(matrix, torch.nn.Linear) else kept.T  # GPT-2 keeps (in, out)
+            for layer, z in enumerate(head_inputs):
+                w = self._head_matrix(layer)
                 per_input = z.float() * (self.write_scale * unit.to(w.device) @ w.float()).to(z.device)
                 along.append(per_input.unflatten(-1, (self.n_heads, -1)).sum(-1).cpu())
         return torch.stack(along, dim=2)
@@ -608,11 +617,11 @@ class ChatModel:
                     f"The direction is of layer {source.layer}, and {self.name} has {self.n_layers} layers, counted from 0: "
                     "it is another model's. Find the direction of this model."
                 )
-        named = {writer for row in checked for i in row for writer in i.writers or ()}
-        if unknown := sorted(named - set(self.writers)):
+        named = {part for row in checked for i in row for part in i.writers or ()}
+        if unknown := sorted(named - set(self.parts)):
             raise ModelError(
-                f"{self.name} has no part {unknown[0]!r} that writes to its stream: name some of its {len(self.writers)} "
-                f"writers, {self.writers[0]!r} to {self.writers[-1]!r}."
+                f"{self.name} has no part {unknown[0]!r} that writes to its stream: name some of its {len(self.parts)} "
+                f"parts, {self.parts[0]!r} to {self.parts[-1]!r}."
             )
         return checked
 
@@ -646,7 +655,7 @@ class ChatModel:
         for writer, module in enumerate(self._parts.writers.values()):
             module.register_forward_hook(functools.partial(self._on_write, writer))
         for layer, matrix in enumerate(self._parts.head_outputs):
-            matrix.register_forward_pre_hook(functools.partial(self._on_heads, layer))
+            matrix.register_forward_hook(functools.partial(self._on_heads, layer))
 
     def _in_block(self, layer: int, forward: Callable, hidden_states: Tensor, *args, **kwargs):
         """A block's own `forward`, on what the step in hand makes of its input, or passed over."""
@@ -686,14 +695,39 @@ class ChatModel:
         name = self.writers[writer]
         return self.write_scale if " " in name else self._parts.embedding_scale if name == "embedding" else 1.0
 
-    def _on_heads(self, layer: int, module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        step = self._step
+    def _on_heads(
+        self, layer: int, module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor | None:
+        """What a layer's heads hand to the matrix through which they write, and what comes out of it."""
+        step, z = self._step, inputs[0]
         if step is None:
-            return
+            return None
         if step.with_gradients:
-            step.head_inputs[layer] = inputs[0]
+            step.head_inputs[layer] = z
         elif step.read_writes is not None:
-            step.head_inputs[layer] = inputs[0][:, list(step.read_writes)]
+            step.head_inputs[layer] = z[:, list(step.read_writes)]
+        edited = output
+        for row, patch in enumerate(step.patches):
+            part = -1 if patch is None else patch[0] - len(self.writers)
+            if patch is not None and part >= 0 and part // self.n_heads == layer:
+                edited = edited.clone()
+                edited[row, -len(patch[1]) :] += self._of_head(layer, part % self.n_heads, z[row], patch[1])
+        edited = step.edits.at_heads(edited, z, layer, lambda: self._head_matrix(layer), self.n_heads)
+        return None if edited is output else edited
+
+    def _of_head(
+        self, layer: int, head: int, z: Float[Tensor, "pos heads_x_d_head"], other: Float[Tensor, "last d_head"]
+    ) -> Float[Tensor, "last d_model"]:
+        """What comes out of the matrix more when this head has handed it `other` at the last positions, and not its part of `z`."""
+        mine = slice(head * other.shape[1], (head + 1) * other.shape[1])
+        w = self._head_matrix(layer)[:, mine].to(z.device).float()
+        return ((other.to(z.device).float() - z[-len(other) :, mine].float()) @ w.T).to(z.dtype)
+
+    def _head_matrix(self, layer: int) -> Float[Tensor, "d_model heads_x_d_head"]:
+        """The matrix through which the heads of a layer write."""
+        matrix = self._parts.head_outputs[layer]
+        kept = placement.weight(matrix)
+        return kept if isinstance(matrix, torch.nn.Linear) else kept.T  # GPT-2 keeps (in, out)
 
     def _on_resid_pre(self, step: _Step, layer: int, x: Tensor) -> Tensor:
         if step.start is not None and step.start[0] == layer:

@@ -25,7 +25,7 @@ from refusal_core.metrics import finite
 from refusal_core.orthogonalize import NEEDS_MEAN, VARIANTS, check_new, export
 from refusal_core.placement import add_placement, read_placement
 from refusal_core.prompts import PromptError, PromptSet, Split, load_prompts, pinned
-from refusal_core.selection import KL_LIMIT, LAYER_SHARE, By, CandidateScore, Found, Rule, find_direction
+from refusal_core.selection import KL_LIMIT, LAYER_SHARE, CandidateScore, Found, Rule, find_direction
 from refusal_core.terminal import chat, followed
 
 DISCARDED: dict[Rule, str] = {
@@ -107,6 +107,10 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
         help="who chooses: the paper's rule, or COSMIC, which needs no refusal tokens; default: the rule, and COSMIC where "
         "the rule has nothing to go by",
     )  # fmt: skip
+    find.add_argument(
+        "--positions", type=_count, metavar="N",
+        help="read at the last N tokens of the chat template only; default: at all that are the same for every prompt",
+    )  # fmt: skip
     find.add_argument("--complete", action="store_true", help="measure every candidate, not only what the rule needs")
     talk = add("chat", "Talk with three models side by side: unchanged, direction removed, direction added.", given)
     rates = add("evaluate", "Judge replies to test prompts, with and without the direction.", given, machine)
@@ -178,7 +182,7 @@ def _find(options: argparse.Namespace) -> int:
         except OSError as error:
             raise _unwritten(options.out, error) from error
     model = _model(options)
-    found = _found(model, options, by=options.by, complete=options.complete)
+    found = _found(model, options, by=options.by, n_positions=options.positions, complete=options.complete)
     if options.out:
         _save(found, options.out)
     if options.json:
@@ -284,10 +288,10 @@ def _direction(model: ChatModel, options: argparse.Namespace) -> Direction:
     return load_direction(model, options.direction) if options.direction else _found(model, options).direction
 
 
-def _found(model: ChatModel, options: argparse.Namespace, *, by: By | None = None, complete: bool = False) -> Found:
+def _found(model: ChatModel, options: argparse.Namespace, **how: Any) -> Found:
+    """What is found with these options; `how` is as in `find_direction`."""
     search = find_direction if options.no_cache else find_or_recall
-    train, val = _prompts("train", options), _prompts("val", options)
-    return followed(search(model, train, val, by=by, complete=complete, seed=options.seed))
+    return followed(search(model, _prompts("train", options), _prompts("val", options), seed=options.seed, **how))
 
 
 def _found_with(direction: Path) -> Found | None:

@@ -5,7 +5,8 @@
     found.json                 every candidate with its scores, the choice, the refusal tokens, the prompts
 
 The cache has such a folder per search, named by everything that the result is made from: the weights, what the model
-reads of each prompt, and the code. A changed template, prompt, seed or line of code is another search.
+reads of each prompt, and the code. A changed template, prompt, seed or line of code is another search. What a search has
+measured so far stands beside it in a file of lines, so that one that was interrupted, or killed, goes on where it was.
 """
 
 import contextlib
@@ -42,10 +43,13 @@ from refusal_core.selection import (
     Found,
     Progress,
     Rule,
+    SumKey,
+    Sums,
     choose,
     choose_contrast,
     choose_cosmic,
     find_direction,
+    read_at_most,
 )
 
 CACHE_VARIABLE = "REFUSAL_CACHE"
@@ -59,6 +63,10 @@ BROKEN = (
     OSError, SafetensorError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError,
 )  # fmt: skip
 """What reading a search raises where its files are cut off, or are whole and hold something else."""
+
+BEGUN = ".begun.jsonl"
+MOST_BEGUN = 16
+"""So many searches that were not finished are kept, those begun last."""
 
 _ENTRY = re.compile("[0-9a-f]{32}")
 """What an entry of the cache is called: whatever else is in that folder is not this program's to remove."""
@@ -82,6 +90,7 @@ def find_or_recall(
     *,
     by: By | None = None,
     refusal_tokens: Sequence[int] | None = None,
+    n_positions: int | None = None,
     complete: bool = False,
     seed: int = 0,
     stop: threading.Event | None = None,
@@ -91,7 +100,8 @@ def find_or_recall(
     A complete table, of which the choice is the same, is what is kept of both.
     """
     drawn = prompts.draw(N_TRAIN, seed), validation.draw(N_VAL, seed)
-    needed, whole = (cache_folder() / key for key in _keys(model, *drawn, by, refusal_tokens))
+    read_at = read_at_most(model, n_positions)
+    needed, whole = (cache_folder() / key for key in _keys(model, *drawn, by, refusal_tokens, read_at))
     for folder in [whole] if complete else [needed, whole]:
         with contextlib.suppress(DirectionError):
             found = load_found(folder)
@@ -99,15 +109,16 @@ def find_or_recall(
                 os.utime(folder)
             yield found
             return
-    search = find_direction(
-        model, prompts, validation, by=by, refusal_tokens=refusal_tokens, complete=complete, seed=seed, stop=stop
-    )
-    for event in search:
+    folder = whole if complete else needed
+    sums = _KeptSums(folder.with_name(folder.name + BEGUN))
+    how: dict[str, Any] = {"by": by, "refusal_tokens": refusal_tokens, "n_positions": read_at, "seed": seed}
+    for event in find_direction(model, prompts, validation, **how, complete=complete, stop=stop, sums=sums):
         if isinstance(event, Found):
             with contextlib.suppress(*UNWRITTEN):  # a full or read-only disk costs the second start, not this result
-                _keep(event, whole if complete else needed)
+                _keep(event, folder)
                 if complete:
                     shutil.rmtree(needed, ignore_errors=True)
+            sums.remove()
         yield event
 
 
@@ -234,16 +245,49 @@ def _prompts(said: dict[str, Any]) -> PromptSet:
 
 
 def _keys(
-    model: ChatModel, train: PromptSet, val: PromptSet, by: By | None, tokens: Sequence[int] | None
+    model: ChatModel, train: PromptSet, val: PromptSet, by: By | None, tokens: Sequence[int] | None, n_positions: int
 ) -> tuple[str, str]:
     """The names of a search, and of the same with a complete table."""
     read = [[model.render(text) for text in texts] for s in (train, val) for texts in (s.harmful, s.harmless)]
     made_from = [
         _code_version(), model.name, model.revision, model.fingerprint, model.precision, model.device.type,
-        train.source, by, [*map(int, tokens or ())], read,
+        train.source, by, [*map(int, tokens or ())], n_positions, read,
     ]  # fmt: skip
     needed, whole = (hashlib.sha256(json.dumps([*made_from, complete]).encode()) for complete in (False, True))
     return needed.hexdigest()[:32], whole.hexdigest()[:32]
+
+
+class _KeptSums(Sums):
+    """They stand in a file as soon as they are known, and are only remembered where none can be written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        lines = ""
+        with contextlib.suppress(OSError, ValueError):
+            lines = path.read_text("utf-8")
+        for line in lines.splitlines():
+            with contextlib.suppress(ValueError, TypeError):  # a line that a killed process was writing
+                score, number, pos, layer, value = json.loads(line)
+                self[str(score), int(number), int(pos), int(layer)] = float(value)
+
+    def note(self, measured: dict[SumKey, float]) -> None:
+        super().note(measured)
+        with contextlib.suppress(OSError):
+            if not self._path.exists():
+                self._make_room()
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps([*key, value]) + "\n" for key, value in measured.items()))
+
+    def remove(self) -> None:
+        """Forgets what is now part of a finished search."""
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+    def _make_room(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        begun = sorted(self._path.parent.glob(f"*{BEGUN}"), key=lambda path: path.stat().st_mtime)
+        for path in begun[: 1 - MOST_BEGUN]:
+            path.unlink(missing_ok=True)
 
 
 @cache

@@ -8,10 +8,14 @@ Where it acts follows from its kind. Ablation guards everything that is written 
 embedding, each attention output, each MLP output, in every layer), or only some of those writes where
 it names them; addition acts once, at the `resid_pre` of the layer its direction was read from. Both act
 at every position, prompt and reply alike.
+
+An attention writes Σ z_h W_h + b, the sum of what its heads do; removed from some of its heads it writes that without
+s ((Σ z_h W_h) · r̂) r̂, the sum over those.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -28,7 +32,7 @@ Kind = Literal["ablate", "add"]
 class Intervention:
     """One edit of the residual stream: `kind` along `direction`, `scale` times the paper's amount.
 
-    `writers` are names of `ChatModel.writers` to which an ablation is confined; None is all of them, as in the paper.
+    `writers` are names of `ChatModel.parts` to which an ablation is confined; None is all writers, as in the paper.
     Raises ValueError for an unknown kind, a scale that is not finite, and an addition with writers: it is no write.
     """
 
@@ -55,6 +59,14 @@ class Intervention:
         return _add(x, self.scale * self.direction.norm * r)
 
 
+_HEAD = re.compile(r"head (\d+)\.(\d+)")
+
+
+def head_name(layer: int, head: int) -> str:
+    """What an attention head is called among the parts of a model: “head 5.3” is the fourth of block 5."""
+    return f"head {layer}.{head}"
+
+
 Row = tuple[Intervention, ...]
 """What is done to one row of a batch, in order; the empty tuple is the baseline."""
 
@@ -62,10 +74,15 @@ Row = tuple[Intervention, ...]
 def as_row(row: Row | Intervention | None) -> Row:
     """The interventions of `row` that do something: scale 0 is dropped, so that it is bit-identical to nothing.
 
-    So is an ablation that is confined to no writer at all.
+    So is an ablation that is confined to no writer at all. Raises ValueError for one of several ablations that is
+    confined to heads: of what heads do together, nobody knows the parts after the first.
     """
     row = () if row is None else (row,) if isinstance(row, Intervention) else row
-    return tuple(i for i in row if i.scale != 0 and i.writers != frozenset())
+    row = tuple(i for i in row if i.scale != 0 and i.writers != frozenset())
+    ablations = [i for i in row if i.kind == "ablate"]
+    if len(ablations) > 1 and any(_HEAD.fullmatch(name) for i in ablations for name in i.writers or ()):
+        raise ValueError("An ablation that is confined to heads is the only one of its row.")
+    return row
 
 
 def _ablate(
@@ -95,10 +112,11 @@ class RowEdits:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.n_rows = len(rows)
-        named = {writer for row in rows for i in row for writer in i.writers or ()}
+        named = {part for row in rows for i in row for part in i.writers or () if not _HEAD.fullmatch(part)}
         self._everywhere = _stack_ablations(rows, None)
         self._ablations = {writer: _stack_ablations(rows, writer) for writer in named}
         self._additions = {layer: _stack_additions(rows, layer) for layer in _addition_layers(rows)}
+        self._heads = {layer: _HeadEdit(mine) for layer, mine in _heads_by_layer(rows).items()}
 
     @property
     def ablates(self) -> bool:
@@ -111,6 +129,22 @@ class RowEdits:
             index, r, minus_sr = edit.on(x.device)
             x = _replace_rows(x, index, _ablate(_pick_rows(x, index), r, minus_sr))
         return x
+
+    def at_heads(
+        self,
+        x: Float[Tensor, "row pos d_model"],
+        z: Float[Tensor, "row pos heads_x_d_head"],
+        layer: int,
+        matrix: Callable[[], Float[Tensor, "d_model heads_x_d_head"]],
+        n_heads: int,
+    ) -> Float[Tensor, "row pos d_model"]:
+        """`x`, what the heads of `layer` make of `z` through their `matrix`, without what each row takes from some of them."""
+        if layer not in self._heads:
+            return x
+        index, inputs, minus_sr = self._heads[layer].on(x.device, matrix, n_heads)
+        wide = _wide(_pick_rows(x, index))
+        along = (_wide(_pick_rows(z, index)) * inputs.to(wide.dtype)).sum(-1, keepdim=True)
+        return _replace_rows(x, index, torch.addcmul(wide, along, minus_sr.to(wide.dtype)).to(x.dtype))
 
     def at_resid_pre(self, layer: int, x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
         """`x`, the input of block `layer`, with each row's additions that belong there."""
@@ -132,6 +166,41 @@ class _Edit:
         if device not in self._at:
             self._at[device] = tuple(t.to(device) for t in self._tensors)
         return self._at[device]
+
+
+class _HeadEdit:
+    """The rows whose ablation is confined to some heads of a layer, and what these heads write along each one's r̂."""
+
+    def __init__(self, rows: dict[int, tuple[Intervention, list[int]]]) -> None:
+        self._rows = rows
+        self._edit: _Edit | None = None
+
+    def on(
+        self, device: torch.device, matrix: Callable[[], Float[Tensor, "d_model heads_x_d_head"]], n_heads: int
+    ) -> tuple[Tensor, ...]:
+        """The rows' numbers, W r̂ with zeros for other heads ("row 1 heads_x_d_head"), and −s r̂; the matrix is asked for once."""
+        if self._edit is None:
+            w = matrix()
+            units = torch.stack([i.direction.unit for i, _ in self._rows.values()])
+            inputs = (units.to(w.device) @ _wide(w)).unflatten(-1, (n_heads, -1))
+            chosen = torch.zeros(len(units), n_heads, 1, device=w.device)
+            for row, (_, heads) in enumerate(self._rows.values()):
+                chosen[row, heads] = 1
+            scales = torch.tensor([float(i.scale) for i, _ in self._rows.values()])[:, None, None]
+            self._edit = _Edit(list(self._rows), (inputs * chosen).flatten(1)[:, None], -scales * units[:, None])
+        return self._edit.on(device)
+
+
+def _heads_by_layer(rows: Sequence[Row]) -> dict[int, dict[int, tuple[Intervention, list[int]]]]:
+    """Layer by layer, the rows that take a direction from some heads alone; not where their whole attention is named."""
+    found: dict[int, dict[int, tuple[Intervention, list[int]]]] = {}
+    for row, interventions in enumerate(rows):
+        for i in interventions:
+            for part in sorted(i.writers or ()):
+                head = _HEAD.fullmatch(part)
+                if head is not None and i.writers is not None and f"attention {head[1]}" not in i.writers:
+                    found.setdefault(int(head[1]), {}).setdefault(row, (i, []))[1].append(int(head[2]))
+    return found
 
 
 def _stack_ablations(rows: Sequence[Row], writer: str | None) -> list[_Edit]:

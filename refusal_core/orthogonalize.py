@@ -10,7 +10,7 @@
 The tensors are the embeddings of tokens and positions, each attention output and each MLP output, each expert's in a
 mixture, and each per-layer embedding's output (Gemma 4). Never the unembedding: where it is tied to the embedding it is
 untied first, or the edit would reach the logits too. A checkpoint is edited tensor by tensor, one shard in memory at a
-time, in float32, and written back in its own precision. "Exactly" is up to the rounding of that precision. Where a norm
+time, in float32, and written back in its own precision; to be compared, it is read block by block from its files. "Exactly" is up to the rounding of that precision. Where a norm
 stands after attention or MLP (Gemma 2 to 4, OLMo 2) the weights cannot reproduce the ablation, and the export says so.
 
 Every export is measured against the hooks on prompts that the direction has not seen (Arditi et al. 2024, §4.1).
@@ -212,7 +212,7 @@ def export(
     edit, path = Edit(direction, variant, strength, harmless_mean), Path(path)
     with _whole(path) as made:
         n_edited = _write_checkpoint(model, edit, made)
-        edited = model.load_beside(made)
+        edited = model.load_beside(made, blocks_on_disk=True)
         report = _measure(model, edit, edited, n_edited, path, refusal_tokens)
         (made / "README.md").write_text(_card(model, edit, report), "utf-8")
     return report

@@ -41,7 +41,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refusal_core.activations import template_positions
 from refusal_core.chat_model import Batch, ChatModel, Output
 from refusal_core.directions import ZERO_NORM, Direction, Source, difference_in_means
 from refusal_core.interventions import Intervention, Kind
@@ -224,6 +223,20 @@ def _worst(broken: Sequence[Rule]) -> Rule:
     return min(broken, key=_RELAXED.index)
 
 
+SumKey = tuple[str, int, int, int]
+
+
+class Sums(dict[SumKey, float]):
+    """What is measured of a candidate, summed over a batch of prompts, by score, number of the batch, position and layer.
+
+    Whoever keeps them can go on with a search that was interrupted.
+    """
+
+    def note(self, measured: dict[SumKey, float]) -> None:
+        """These are known now."""
+        self.update(measured)
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far long work has come: `done` of `total` in `stage`."""
@@ -329,7 +342,7 @@ class _Kept:
             refusal_tokens=tokens,
             refusal_shares=shares,
             directions=self.raw,
-            positions=tuple(range(-model.template_positions - 1, 0)),
+            positions=tuple(range(-len(self.raw) - 1, 0)),
             prompts=self.train,
             validation=self.val,
             harmful=self.activations["train", "harmful"],
@@ -347,19 +360,23 @@ def find_direction(
     *,
     by: By | None = None,
     refusal_tokens: Sequence[int] | None = None,
+    n_positions: int | None = None,
     complete: bool = False,
     seed: int = 0,
     stop: threading.Event | None = None,
+    sums: Sums | None = None,
 ) -> Iterator[Progress | Found]:
     """Finds the model's refusal direction; yields `Progress` and, last, `Found`.
 
     Draws 128 + 128 of `prompts` and 32 + 32 of `validation` (by default the `val` split of the same source, and for prompts
     that name none the embedded ones).
-    `refusal_tokens` default to the first tokens most raised on harmful against harmless prompts. `by` says who chooses:
+    `refusal_tokens` default to the first tokens most raised on harmful against harmless prompts; with `n_positions` the
+    stream is read at so many of the template's P last positions, and not at all of them. `by` says who chooses:
     the rule, or COSMIC, which needs no refusal tokens; without it the rule, and COSMIC where the model's own tokens say
     nothing or no candidate bypasses refusal, which the direction's source then gives with the reason. With `complete`
-    every cell of the table is measured, for a map without holes. Setting `stop` ends the iteration early. Raises
-    PromptError at once if a class is empty or a refusal token is none of the model's, and later if a class empties because
+    every cell of the table is measured, for a map without holes. Setting `stop` ends the iteration early. `sums` that the
+    rule has measured in the same search before are not measured again, and new ones are put there. Raises
+    PromptError at once if a class is empty, or a refusal token or a number of positions is none of the model's, and later if a class empties because
     the model does not treat it as expected, and none but the rule may choose.
     """
     for token in refusal_tokens or ():
@@ -368,10 +385,11 @@ def find_direction(
                 f"{token} is no token of {model.name}, which has the numbers 0 to {model.d_vocab - 1}: take others as "
                 "refusal tokens, or none to have them found."
             )
+    n = read_at_most(model, n_positions)
     train = _not_empty(prompts, "train").draw(N_TRAIN, seed)
     validation = validation or load_prompts("val", prompts.source or "embedded")
     val = _not_empty(validation, "val").draw(N_VAL, seed)
-    reads = yield from _read_sets(model, train, val, stop)
+    reads = yield from _read_sets(model, train, val, n, stop)
     if not reads:
         return
     first = {cls: reads["train", cls].logits.double().softmax(-1).mean(0) for cls in ("harmful", "harmless")}
@@ -391,7 +409,7 @@ def find_direction(
             )
         why = f"because {lack}"
     if not why:
-        found = yield from _search(model, train, val, reads, tokens, shares, complete, stop)
+        found = yield from _search(model, train, val, reads, tokens, shares, complete, stop, sums)
         if found is None or only_rule or found.choice.bypasses:
             yield from () if found is None else (found,)
             return
@@ -401,6 +419,17 @@ def find_direction(
     found = yield from _search(model, train, val, reads, tokens, shares, complete, stop, chosen_by=f"{COSMIC}, {why}")
     if found is not None:
         yield found
+
+
+def read_at_most(model: ChatModel, n_positions: int | None) -> int:
+    """At how many of the template's last positions is read: P if none is named; raises PromptError if it has not as many."""
+    most = model.template_positions
+    if n_positions is not None and not 1 <= n_positions <= most:
+        raise PromptError(
+            f"The chat template of {model.name} ends in {most} tokens that are the same for every prompt: read at 1 to {most} "
+            f"of them, not {n_positions}."
+        )
+    return n_positions or most
 
 
 def _not_empty(prompts: PromptSet, split: Split) -> PromptSet:
@@ -423,11 +452,12 @@ def _search(
     shares: tuple[float, ...],
     complete: bool,
     stop: threading.Event | None,
+    sums: Sums | None = None,
     chosen_by: str = "",
 ) -> Generator[Progress, None, Found | None]:
     """Scores the candidates of what is kept and chooses; gives nothing if `stop` was set meanwhile."""
     kept = _Kept.of(train, val, reads)
-    scorer = _Scorer(model, kept.raw, _source(model, kept.train), tokens, kept.val)
+    scorer = _Scorer(model, kept.raw, _source(model, kept.train), tokens, kept.val, Sums() if sums is None else sums)
     for progress in scorer.score_by_cosine(kept.activations, complete) if chosen_by else scorer.score(complete):
         yield progress
         if stop is not None and stop.is_set():
@@ -451,23 +481,25 @@ def find_contrast(
     prompts: PromptSet,
     validation: PromptSet,
     *,
+    n_positions: int | None = None,
     seed: int = 0,
     stop: threading.Event | None = None,
 ) -> Iterator[Progress | Found]:
     """The difference of the means of any two classes; yields `Progress` and, last, `Found`.
 
-    Draws as `find_direction` does, and keeps every prompt: whether the model refuses it says nothing here. The cell is
+    Draws and reads as `find_direction` does, and keeps every prompt: whether the model refuses it says nothing here. The cell is
     `choose_contrast`'s, from the validation prompts' projections; `refusal_tokens` stay empty. Setting `stop` ends the
-    iteration early. Raises PromptError if a class is empty, and if the classes have the same mean everywhere.
+    iteration early. Raises PromptError as there, and if the classes have the same mean everywhere.
     """
+    n = read_at_most(model, n_positions)
     train, val = _not_empty(prompts, "train").draw(N_TRAIN, seed), _not_empty(validation, "val").draw(N_VAL, seed)
-    reads = yield from _read_sets(model, train, val, stop)
+    reads = yield from _read_sets(model, train, val, n, stop)
     if not reads:
         return
     kept = _Kept.of(train, val, reads)
     scores = tuple(
         _apart(pos, layer, kept.raw[pos, layer], *(kept.activations["val", cls][:, pos, layer] for cls in CLASSES))
-        for pos in template_positions(model)
+        for pos in range(-n, 0)
         for layer in range(model.n_layers)
     )
     choice = choose_contrast(scores, model.n_layers)
@@ -512,7 +544,7 @@ def _source(model: ChatModel, train: PromptSet) -> Source:
 
 
 def _read_sets(
-    model: ChatModel, train: PromptSet, val: PromptSet, stop: threading.Event | None
+    model: ChatModel, train: PromptSet, val: PromptSet, n_positions: int, stop: threading.Event | None
 ) -> Generator[Progress, None, dict[tuple[str, str], _Read]]:
     """Reads both classes of both splits; gives them by split and class, or nothing if `stop` was set meanwhile."""
     reads: dict[tuple[str, str], _Read] = {}
@@ -522,7 +554,7 @@ def _read_sets(
     for key, texts in sets.items():
         read = _Read(texts, torch.empty(0), torch.empty(0), [])
         read.keep_all()
-        for part in _read(model, read):
+        for part in _read(model, read, n_positions):
             done += part
             yield Progress("reading prompts", done, total)
             if stop is not None and stop.is_set():
@@ -531,9 +563,9 @@ def _read_sets(
     return reads
 
 
-def _read(model: ChatModel, read: _Read) -> Iterator[int]:
-    """Fills `read` with each prompt's activations at −(P+1) … −1 and first-token logits; yields batch sizes."""
-    positions = range(-model.template_positions - 1, 0)
+def _read(model: ChatModel, read: _Read, n_positions: int) -> Iterator[int]:
+    """Fills `read` with each prompt's activations there and at the position before, and first-token logits; yields batch sizes."""
+    positions = range(-n_positions - 1, 0)
     n = len(read.prompts)
     read.activations = torch.empty(n, len(positions), model.n_layers, model.d_model)
     read.logits = torch.empty(n, model.d_vocab)
@@ -580,20 +612,22 @@ class _Scorer:
         source: Source,
         tokens: Sequence[int],
         val: PromptSet,
+        sums: Sums,
     ) -> None:
+        self._sums = sums
         self._model, self._raw, self._source, self._tokens = model, raw, source, tokens
         self._harmful = list(model.batches(val.harmful, BATCH_TOKENS // PARTS))
         self._harmless = list(model.batches(val.harmless, BATCH_TOKENS // PARTS))
         self._base: dict[Batch, Tensor] = {}
         self._table = {
             (pos, layer): CandidateScore(pos, layer, None, None, None, raw[pos, layer].norm().item())
-            for pos in template_positions(model)
+            for pos in range(-len(raw), 0)
             for layer in range(model.n_layers)
         }
 
     @property
     def scores(self) -> tuple[CandidateScore, ...]:
-        """The candidates in the order position −P … −1, layer 0 … L−1."""
+        """The candidates in the order of positions up to −1, and of layers."""
         return tuple(self._table.values())
 
     def direction(self, score: CandidateScore) -> Direction:
@@ -697,16 +731,17 @@ class _Scorer:
         """
         totals, open_cells, done = dict.fromkeys(cells, 0.0), list(cells), 0
         left = n = _count(self._harmless)
-        for batch in self._harmless if cells else []:
+        for number, batch in enumerate(self._harmless if cells else []):
             base = self._model.run(batch, read=slice(None))
             assert base.resid_pre is not None
             self._base[batch] = base.logits
             left -= len(batch.index)
             for layer in range(self._model.n_layers):
-                for chunk in _chunks([c for c in open_cells if c.layer == layer], batch):
+                mine = [c for c in open_cells if c.layer == layer]
+                for chunk in _chunks(self._recall(totals, "induce", number, mine), batch):
                     start = base.resid_pre[:, :, layer].repeat(len(chunk), 1, 1)
                     logits = self._run(batch, chunk, "add", start=(layer, start)).logits
-                    _accumulate(totals, chunk, refusal_score(logits, self._tokens))
+                    self._accumulate(totals, "induce", number, chunk, refusal_score(logits, self._tokens))
                 done += len(batch.index) * sum(c.layer == layer for c in cells)
                 yield Progress("scoring additions", done, len(cells) * n)
             if decide and left:
@@ -719,10 +754,12 @@ class _Scorer:
 
     def _measure_bypass(self, cells: Sequence[CandidateScore]) -> Iterator[Progress]:
         totals, done = dict.fromkeys(cells, 0.0), 0
-        for batch in self._harmful:
-            for chunk in _chunks(cells, batch):
+        for number, batch in enumerate(self._harmful):
+            left = self._recall(totals, "bypass", number, cells)
+            done += (len(cells) - len(left)) * len(batch.index)
+            for chunk in _chunks(left, batch):
                 logits = self._run(batch, chunk, "ablate").logits
-                _accumulate(totals, chunk, refusal_score(logits, self._tokens))
+                self._accumulate(totals, "bypass", number, chunk, refusal_score(logits, self._tokens))
                 done += len(chunk) * len(batch.index)
                 yield Progress("scoring ablations", done, len(cells) * _count(self._harmful))
         for cell, total in totals.items():
@@ -730,14 +767,43 @@ class _Scorer:
 
     def _measure_kl(self, cells: Sequence[CandidateScore]) -> Iterator[Progress]:
         totals, done = dict.fromkeys(cells, 0.0), 0
-        for batch in self._harmless:
-            for chunk in _chunks(cells, batch):
+        for number, batch in enumerate(self._harmless):
+            left = self._recall(totals, "kl", number, cells)
+            done += (len(cells) - len(left)) * len(batch.index)
+            for chunk in _chunks(left, batch):
                 logits = self._run(batch, chunk, "ablate").logits
-                _accumulate(totals, chunk, kl_divergence(self._base[batch].repeat(len(chunk), 1), logits))
+                kl = kl_divergence(self._base[batch].repeat(len(chunk), 1), logits)
+                self._accumulate(totals, "kl", number, chunk, kl)
                 done += len(chunk) * len(batch.index)
                 yield Progress("scoring damage", done, len(cells) * _count(self._harmless))
         for cell, total in totals.items():
             self._set(cell, kl=total / _count(self._harmless))
+
+    def _recall(
+        self, totals: dict[CandidateScore, float], score: str, number: int, cells: Sequence[CandidateScore]
+    ) -> list[CandidateScore]:
+        """Adds to `totals` what is known of this batch, and gives the cells of which nothing is."""
+        unknown = []
+        for cell in cells:
+            known = self._sums.get((score, number, cell.pos, cell.layer))
+            if known is None:
+                unknown.append(cell)
+            else:
+                totals[cell] += known
+        return unknown
+
+    def _accumulate(
+        self,
+        totals: dict[CandidateScore, float],
+        score: str,
+        number: int,
+        cells: Sequence[CandidateScore],
+        scores: Tensor,
+    ) -> None:
+        measured = [per_prompt.sum().item() for per_prompt in scores.view(len(cells), -1)]
+        for cell, value in zip(cells, measured, strict=True):
+            totals[cell] += value
+        self._sums.note({(score, number, c.pos, c.layer): v for c, v in zip(cells, measured, strict=True)})
 
     def _run(self, batch: Batch, cells: Sequence[CandidateScore], kind: Kind, **what: Any) -> Output:
         """The prompts of `batch` once per cell, a row each with its own direction; `what` is as in `ChatModel.run`."""
@@ -787,11 +853,6 @@ def _add_streams(sums: dict[CandidateScore, Tensor], cells: Sequence[CandidateSc
     assert output.resid_pre is not None
     for cell, read in zip(cells, _wide(output.resid_pre[:, -1]).chunk(len(cells)), strict=True):
         sums[cell] += read.sum((0, 1))
-
-
-def _accumulate(totals: dict[CandidateScore, float], cells: Sequence[CandidateScore], scores: Tensor) -> None:
-    for cell, per_prompt in zip(cells, scores.view(len(cells), -1), strict=True):
-        totals[cell] += per_prompt.sum().item()
 
 
 def _count(batches: Sequence[Batch]) -> int:

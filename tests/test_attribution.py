@@ -15,7 +15,7 @@ from refusal_core.attribution import (
     Attribution,
     Patching,
     attribute_writers,
-    patch_writers,
+    patch_parts,
     read_along,
     words,
     write_along,
@@ -162,9 +162,32 @@ def test_a_patch_is_that_of_a_hook_written_out_by_hand(model: ChatModel, plain: 
     assert_close(patched.logits[:1], model.run(target).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_a_patch_of_a_head_is_that_of_a_hook_written_out_by_hand(model: ChatModel, plain: Plain):
+    layer, head, n, size, kept = 5, 2, model.template_positions, model.d_model // model.n_heads, []
+    mine = slice(head * size, (head + 1) * size)
+
+    def put(module, args):
+        z = args[0].clone()
+        z[:, -n:, mine] = kept[0]
+        return (z,)
+
+    matrix = plain.layers[layer].self_attn.o_proj
+    for hook, text in ((lambda module, args: kept.append(args[0][:, -n:, mine]), HARMLESS), (put, HARMFUL)):
+        handle = matrix.register_forward_pre_hook(hook)
+        expected = plain.logits([text])
+        handle.remove()
+    (target,) = model.batches([HARMFUL])
+    part = model.parts.index(f"head {layer}.{head}")
+    patched = model.run(target.repeat(2), patches=[None, (part, kept[0][0])]).logits
+    assert_close(patched[1:], expected, atol=1e-3, rtol=1e-4)
+    untouched = model.run(target).logits
+    assert_close(patched[:1], untouched, atol=1e-4, rtol=1e-4)
+    assert (expected - untouched).abs().max() > 0.05, "the patch must have done something"
+
+
 def test_effects_are_falls_of_the_refusal_score_and_their_sum_has_something_to_explain(model: ChatModel, found: Found):
     val = found.validation
-    *_, patching = patch_writers(model, val.harmful, val.harmless, found.refusal_tokens, n_pairs=4)
+    *_, patching = patch_parts(model, val.harmful, val.harmless, found.refusal_tokens, n_pairs=4)
     assert isinstance(patching, Patching) and patching.n_pairs == 4
     scores = [
         refusal_score(model.logits(texts[:4]), found.refusal_tokens).mean() for texts in (val.harmful, val.harmless)
@@ -240,15 +263,17 @@ def test_first_pass_and_exact_effects_agree_in_rank_and_some_parts_can_be_patche
     model: ChatModel, found: Found, first_pass: Attribution
 ):
     val = found.validation
-    *_, exact = patch_writers(model, val.harmful, val.harmless, found.refusal_tokens, 4)
+    *_, exact = patch_parts(model, val.harmful, val.harmless, found.refusal_tokens, 4)
     assert isinstance(exact, Patching)
-    ranks = [effect.argsort().argsort().double() for effect in (first_pass.effect, exact.effect)]
+    assert exact.names == model.parts and first_pass.heads is not None
+    first = torch.cat([first_pass.effect, first_pass.heads.flatten()])
+    ranks = [effect.argsort().argsort().double() for effect in (first, exact.effect)]
     assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.7
     assert (first_pass.harmful, first_pass.harmless) == pytest.approx((exact.harmful, exact.harmless), abs=1e-3)
-    some = ("MLP 7", "attention 5")
-    *_, alone = patch_writers(model, val.harmful, val.harmless, found.refusal_tokens, 4, writers=some)
+    some = ("MLP 7", "attention 5", "head 5.2")
+    *_, alone = patch_parts(model, val.harmful, val.harmless, found.refusal_tokens, 4, parts=some)
     assert isinstance(alone, Patching) and alone.names == some
-    assert_close(alone.effect, exact.effect[[model.writers.index(name) for name in some]], atol=1e-4, rtol=1e-4)
+    assert_close(alone.effect, exact.effect[[model.parts.index(name) for name in some]], atol=1e-4, rtol=1e-4)
 
 
 def test_gradients_leave_nothing_behind(model: ChatModel):
@@ -301,7 +326,7 @@ def test_a_direction_of_another_model_or_no_prompt_is_a_sentence_and_no_number(m
         with pytest.raises(PromptError, match="one has none"):
             attribute_writers(model, harmful, harmless, [1])
         with pytest.raises(PromptError, match="one has none"):
-            list(patch_writers(model, harmful, harmless, [1]))
+            list(patch_parts(model, harmful, harmless, [1]))
     far = replace(direction, source=replace(direction.source, position=-99))
     with pytest.raises(PromptError, match="no position -99"):
         write_along(model, [HARMFUL], [HARMLESS], far)

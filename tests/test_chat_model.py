@@ -48,6 +48,50 @@ def test_ablation_at_some_writers_is_that_of_hooks_at_these_and_rows_have_sets_o
     assert torch.equal(all_of_them, full)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.6])
+def test_ablation_at_some_heads_is_that_of_their_writes_worked_out_by_hand(
+    model: ChatModel, plain: Plain, direction: Direction, scale
+):
+    layer, heads, size, r = 5, (1, 2), model.d_model // model.n_heads, direction.unit
+    some = frozenset({*(f"head {layer}.{h}" for h in heads), "MLP 7"})
+
+    def without(module, args, out):
+        for h in heads:
+            mine = slice(h * size, (h + 1) * size)
+            write = args[0][..., mine] @ module.weight[:, mine].T
+            out = out - scale * (write @ r)[..., None] * r
+        return out
+
+    handle = plain.layers[layer].self_attn.o_proj.register_forward_hook(without)
+    expected = plain.logits(PROMPTS, ablate=r, scale=scale, only=["MLP 7"])
+    handle.remove()
+    edit = Intervention(direction, "ablate", scale, some)
+    assert_close(model.logits(PROMPTS, [edit] * len(PROMPTS)), expected, atol=1e-3, rtol=1e-3)
+    whole = [
+        Intervention(direction, "ablate", scale, frozenset({"attention 5"} | more)) for more in ({"head 5.1"}, set())
+    ]
+    heads_of_all = frozenset(f"head 5.{h}" for h in range(model.n_heads))
+    rows = [None, edit, *whole, Intervention(direction, "ablate", scale, heads_of_all)]
+    untouched, alone, with_its_head, attention, all_heads = model.logits([HARMFUL] * 5, rows)
+    assert_close(untouched, model.logits([HARMFUL])[0], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(alone, attention, atol=1e-2)
+    assert torch.equal(with_its_head, attention), "an attention has its heads in it"
+    assert_close(all_heads, attention, atol=1e-3, rtol=1e-3)
+
+
+def test_heads_that_lose_a_direction_lose_it_in_replies_as_in_one_step(model: ChatModel, direction: Direction):
+    row = Intervention(direction, "ablate", 1.0, frozenset(f"head {layer}.{h}" for layer in (5, 6) for h in (0, 3)))
+    reply, said = model.begin([HARMFUL, "Hi"], [row, ()]), []
+    for _ in range(4):
+        said.append(reply.logits.argmax(-1).tolist())
+        reply.step(said[-1])
+    whole = model.run(model.continued([HARMFUL, "Hi"], list(zip(*said, strict=True))), [(row,), ()]).logits
+    assert_close(reply.logits, whole, atol=1e-3, rtol=1e-3)
+    other = Intervention(direction, "ablate", 0.5)
+    with pytest.raises(ValueError, match="only one of its row"):
+        model.logits([HARMFUL], [(row, other)])
+
+
 @pytest.mark.parametrize("scale", [1.0, -1.0, 2.5])
 def test_addition_is_that_of_a_hook_written_out_by_hand(model: ChatModel, plain: Plain, direction: Direction, scale):
     rows = [Intervention(direction, "add", scale)] * len(PROMPTS)

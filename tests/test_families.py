@@ -77,6 +77,37 @@ def test_ablation_at_one_writer_clears_its_write_and_leaves_those_before_it(fami
     assert (writes[0] @ r.unit).abs().max() > 1e-2, "there must have been something to remove"
 
 
+def test_ablation_at_some_heads_takes_from_their_attention_what_they_write_and_a_patch_is_heard(family):
+    name, model, _ = family
+    assert (model.parts == model.writers) == (name in HEADS_UNKNOWN)
+    r, at = direction_of(model), range(-3, 0)
+    if name in HEADS_UNKNOWN:
+        with pytest.raises(ModelError, match=r"no part 'head 0\.0'"):
+            model.logits(PROMPTS[:1], [Intervention(r, "ablate", 1.0, frozenset({"head 0.0"}))])
+        return
+    layer, heads = model.n_layers - 1, (0, model.n_heads - 1)
+    writer = model.writers.index(f"attention {layer}")
+    (prompt,) = model.batches(PROMPTS[:1])
+    some = frozenset(f"head {layer}.{h}" for h in heads)
+    edited = model.run(prompt.repeat(2), [(), (Intervention(r, "ablate", 0.5, some),)], read_writes=at)
+    assert edited.writes is not None and edited.head_inputs is not None
+    taken = 0.5 * model.heads_along(edited.head_inputs, r.unit)[0, :, layer][:, list(heads)].sum(-1)
+    assert_close(
+        edited.writes[0, :, writer] - edited.writes[1, :, writer], taken[:, None] * r.unit, atol=1e-6, rtol=1e-3
+    )
+    assert taken.abs().max() > 1e-4, "there must have been something to take"
+
+    z = torch.randn(3, edited.head_inputs[layer].shape[-1] // model.n_heads, generator=torch.Generator().manual_seed(4))
+    part = model.parts.index(f"head {layer}.1")
+    patched = model.run(prompt.repeat(2), patches=[None, (part, z)], read_writes=at).writes
+    assert patched is not None
+    inputs = list(edited.head_inputs)
+    inputs[layer] = inputs[layer].clone()
+    inputs[layer][0].unflatten(-1, (model.n_heads, -1))[:, 1] = z
+    moved = (model.heads_along(inputs, r.unit) - model.heads_along(edited.head_inputs, r.unit))[0, :, layer].sum(-1)
+    assert_close((patched[1] - patched[0])[:, writer] @ r.unit, moved, atol=1e-5, rtol=1e-3)
+
+
 def test_the_gradient_by_each_write_is_the_slope_of_a_small_step_and_the_heads_sum_to_their_attention(family):
     _, model, _ = family
     (prompt,) = model.batches(PROMPTS[:1])

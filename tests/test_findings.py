@@ -1,9 +1,11 @@
 """What was found can be read back whole, and a second search for the same is none."""
 
+import contextlib
 import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -17,8 +19,8 @@ from refusal_core import findings
 from refusal_core.chat_model import ChatModel
 from refusal_core.directions import Direction, DirectionError
 from refusal_core.findings import CACHE_VARIABLE, as_json, find_or_recall, funnel, load_found, save_found
-from refusal_core.prompts import load_prompts
-from refusal_core.selection import Found, Progress, choose, find_contrast
+from refusal_core.prompts import PromptError, load_prompts
+from refusal_core.selection import Found, Progress, choose, find_contrast, find_direction
 
 
 def same(a: Found, b: Found) -> bool:
@@ -119,6 +121,74 @@ def test_a_complete_table_serves_whoever_wants_less_of_it_and_is_kept_alone(mode
     recall(model)
     recall(model, complete=True)
     assert len(searches) == 2
+
+
+class Killed(BaseException):
+    """As if the process had ended there."""
+
+
+def interrupted(model: ChatModel, monkeypatch, after: int, **options) -> int:
+    """A search that ends in its `after`th step, and how many steps it had made."""
+    run, steps = model.run, 0
+
+    def counted(*args, **how):
+        nonlocal steps
+        steps += 1
+        if steps > after:
+            raise Killed
+        return run(*args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "run", counted)
+        with contextlib.suppress(Killed):
+            recall(model, **options)
+    return steps
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_an_interrupted_search_goes_on_where_it_was_and_finds_the_same(
+    model: ChatModel, found: Found, monkeypatch, tmp_path, complete
+):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    *_, expected = find_direction(model, load_prompts("train"), load_prompts("val"), complete=complete)
+    whole = interrupted(model, monkeypatch, 10**6, complete=complete)
+    for entry in (tmp_path / "cache").iterdir():
+        shutil.rmtree(entry)
+    interrupted(model, monkeypatch, whole - 10, complete=complete)
+    (begun,) = (tmp_path / "cache").iterdir()
+    assert len(begun.read_text("utf-8").splitlines()) > 100
+    with begun.open("a", encoding="utf-8") as file:
+        file.write('["kl", 0, -1')  # what a killed process was writing
+    left = interrupted(model, monkeypatch, 10**6, complete=complete)
+    assert left < whole / 2, "what was measured is not measured again"
+    (again,) = find_or_recall(model, load_prompts("train"), load_prompts("val"), complete=complete)
+    assert isinstance(again, Found) and again.scores == expected.scores and same(again, expected)
+    assert not begun.exists()
+
+
+def test_searches_that_nobody_finishes_make_room_for_later_ones(tmp_path):
+    for number in range(findings.MOST_BEGUN + 3):
+        path = tmp_path / f"{number}{findings.BEGUN}"
+        findings._KeptSums(path).note({("kl", 0, -1, number): 0.5})
+        os.utime(path, (number, number))
+    assert len(list(tmp_path.iterdir())) == findings.MOST_BEGUN
+    assert findings._KeptSums(path) == {("kl", 0, -1, number): 0.5}
+
+
+def test_the_stream_is_read_at_fewer_positions_where_that_is_asked_for(model: ChatModel, found: Found, searches):
+    few = find_direction(model, load_prompts("train"), load_prompts("val"), n_positions=2)
+    *_, last = few
+    assert isinstance(last, Found) and last.positions == (-3, -2, -1) and last.harmful.shape[1] == 3
+    assert {s.pos for s in last.scores} == {-2, -1}
+    assert last.direction.source.position == -1
+    torch.testing.assert_close(last.directions, found.directions[-2:], atol=1e-4, rtol=1e-4)
+    recall(model)
+    recall(model, n_positions=model.template_positions)
+    recall(model, n_positions=2)
+    assert len(searches) == 2
+    for n in (0, model.template_positions + 1):
+        with pytest.raises(PromptError, match="the same for every prompt"):
+            next(find_or_recall(model, load_prompts("train"), load_prompts("val"), n_positions=n))
 
 
 def test_what_a_killed_process_was_writing_is_removed_and_what_a_living_one_writes_is_not(model, searches, tmp_path):

@@ -1212,6 +1212,53 @@ def test_a_link_opens_the_page_as_it_was(chromium, tab, ready):
     other.context.close()
 
 
+def test_a_link_has_the_map_the_form_of_measure_the_pair_of_inside_and_the_draft(chromium, tab):
+    tab.locator("[data-prompt]").fill("What is a volcano?")
+    tab.get_by_role("tab", name="Map").click()
+    expect(tab.locator("[data-map] .main-svg").first).to_be_visible()
+    tab.get_by_label("axes").select_option("along")
+    tab.locator("[data-position]").select_option("-2")
+    expect(tab.locator(".map-body")).to_have_attribute("aria-busy", "false")
+    tab.locator("[data-layer]").fill("3")
+    tab.get_by_role("tab", name="Inside").click()
+    expect(tab.locator(".readings figcaption")).to_have_count(3)
+    for name, text in (("first", "Who are you?"), ("second", "How do I rob a bank?")):
+        tab.locator(f"#inside [data-{name}]").fill(text)
+    open_measure(tab)
+    tab.get_by_label("test prompts of each class").fill("7")
+    tab.locator("#measure [data-length]").fill("20")
+    tab.get_by_label("judged by").select_option("paper")
+    other, seen = open_tab(chromium, SimpleNamespace(url=link_of(tab)))
+    expect(other.get_by_role("tab", name="Measure")).to_have_attribute("aria-selected", "true")
+    expect(other.get_by_label("test prompts of each class")).to_have_value("7")
+    expect(other.locator("#measure [data-length]")).to_have_value("20")
+    expect(other.get_by_label("judged by")).to_have_value("paper")
+    other.get_by_role("tab", name="Inside").click()
+    expect(other.locator(".readings figcaption").first).to_have_text("Who are you?")
+    expect(other.locator("#inside [data-second]")).to_have_value("How do I rob a bank?")
+    other.get_by_role("tab", name="Map").click()
+    expect(other.get_by_label("axes")).to_have_value("along")
+    expect(other.locator("[data-position]")).to_have_value("-2")
+    expect(other.locator("[data-layer-value]")).to_contain_text("3 of")
+    expect(other.locator("[data-map-caption]")).to_contain_text("The direction in use holds")
+    other.get_by_role("tab", name="Talk").click()
+    expect(other.locator("[data-prompt]")).to_have_value("What is a volcano?")
+    assert not seen.faults
+    other.context.close()
+
+
+def test_of_what_is_too_much_for_a_link_messages_go_first_and_it_can_still_be_read(chromium, tab):
+    tab.locator("[data-prompt]").fill("".join(map(chr, random.Random(0).choices(range(0x4E00, 0x9FA5), k=8000))))
+    ask_again = tab.get_by_role("button", name="Copy link")
+    ask_again.click()
+    expect(tab.locator("#bar [data-note]")).to_contain_text("too much for a link")
+    assert len(tab.url) < 8_100
+    other, _ = follow(chromium, tab.url)
+    expect(other.locator("[data-prompt]")).to_have_value("")
+    expect(other.locator("#bar [data-note]")).to_be_empty()
+    other.context.close()
+
+
 def test_a_link_goes_to_its_tab(chromium, tab):
     tab.get_by_role("tab", name="Map").click()
     expect(tab.locator("[data-map] .main-svg").first).to_be_visible()
@@ -1235,6 +1282,7 @@ def encoded(state: object) -> str:
         (encoded({"v": 2}), "cannot be read"),
         (encoded({"v": 1, "prompts": ["a" * 300_000]}), "cannot be read"),
         (encoded({"v": 1, "addition": 9, "__proto__": 1, "<b>": 1, "tab": "Bank", "writers": ["<b>"]}), "addition, __proto__, <b>, tab, writers that is not known"),
+        (encoded({"v": 1, "map": {"layer": 1}, "measure": 3, "inside": ["a"], "draft": ["x"]}), "map, measure, inside, draft that is not known"),
         (encoded({"v": 1, "turns": [{}]}), "turns that is not known"),
         (encoded({"v": 1, "prompts": [], "turns": [{}] * 10_000}), "turns that is not known"),
         (encoded({"v": 1, "turns": [{"addition": 9}]}), "turns that is not known"),
@@ -1559,8 +1607,65 @@ def test_the_focus_goes_to_the_candidate_in_use_where_a_button_of_find_goes(tab,
     idle(tab)
 
 
+def test_the_strengths_of_the_bar_are_the_dials_of_talk_and_are_turned_on_any_tab(tab):
+    before = replies(tab)
+    chip = tab.locator("[data-strengths]")
+    expect(chip).to_have_text("⊖ 100 % ⊕ 1.00×")
+    tab.get_by_role("tab", name="Map").click()
+    chip.click()
+    tab.locator("#bar [data-strength='addition']").fill("0")
+    expect(chip).to_have_text("⊖ 100 % ⊕ 0.00×")
+    expect(tab.locator("#bar [data-strength='addition'] + output")).to_have_text("0.00×")
+    tab.keyboard.press("Escape")
+    tab.get_by_role("tab", name="Talk").click()
+    idle(tab)
+    expect(tab.locator("[data-box='addition']")).to_have_value("0.00")
+    expect(tab.locator(".cell[data-pane='added'] .rest").last).to_contain_text("0.00×")
+    assert replies(tab)[2] == replies(tab)[0] != before[2]
+    set_dial(tab, "removal", 40)
+    expect(chip).to_have_text("⊖ 40 % ⊕ 0.00×")
+    tab.locator("[data-on='removed']").uncheck()
+    expect(chip).to_have_text("⊖ off ⊕ 0.00×")
+    idle(tab)
+
+
+def test_the_small_map_of_the_bar_takes_a_candidate_for_the_whole_page(tab, ready):
+    tab.locator("[data-direction]").click()
+    cells = tab.locator(".small-cell")
+    expect(cells).to_have_count(len(ready.found.scores))
+    chosen = ready.found.direction.source
+    used = tab.locator(".small-cell[aria-pressed='true']")
+    expect(used).to_have_attribute("data-small", f"{chosen.position} {chosen.layer}")
+    expect(used).to_have_text("★")
+    wanted = tab.locator(f".small-cell[data-small='{chosen.position} 2']")
+    wanted.focus()
+    wanted.press("Enter")
+    expect(tab.locator("[data-direction]")).to_contain_text("layer 2")
+    expect(used).to_have_attribute("data-small", f"{chosen.position} 2")
+    expect(wanted).to_be_focused()
+    tab.keyboard.press("Escape")
+    idle(tab)
+    expect(tab.locator("[data-where]")).to_contain_text("at layer 2")
+
+
+def test_a_finger_is_told_what_a_pointer_is_told_by_hovering(chromium, app):
+    context = chromium.new_context(viewport={"width": 360, "height": 740}, has_touch=True)
+    tab, seen = open_page(context, app)
+    idle(tab)
+    tip = tab.locator("[data-tip]")
+    expect(tab.locator(".token").first).to_be_visible()
+    tab.locator(".cell[data-pane='unchanged'] .token").first.tap()
+    expect(tip).to_contain_text("of the way from the harmless to the harmful mean")
+    tab.locator(".said").first.tap()
+    expect(tip).to_be_hidden()
+    tab.locator("[data-retry]").tap()  # a button does what it is for
+    expect(tip).to_be_hidden()
+    assert not seen.faults
+    context.close()
+
+
 def test_a_sheet_of_the_bar_is_left_with_escape_and_the_focus_is_where_it_was_opened(tab):
-    for summary in ("[data-model]", "[data-direction]"):
+    for summary in ("[data-model]", "[data-direction]", "[data-strengths]"):
         press(tab.locator(summary))
         tab.keyboard.press("Tab")
         assert tab.evaluate("document.activeElement.closest('details[open]') !== null")

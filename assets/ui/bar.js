@@ -77,6 +77,50 @@ function drawReady(view) {
     make('span', direction.mark, direction.passed ? 'mark' : 'mark relaxed'),
   );
   drawSheet(find('[data-sheet]'), direction);
+  drawSmallMap(direction);
+}
+
+/** The candidates as in Find, small: a click takes one. */
+function drawSmallMap({ candidates: { measure, positions, cells }, layer: usedLayer, position: usedPosition }) {
+  const holder = find('[data-small-map]');
+  const held = holder.contains(document.activeElement) && document.activeElement.dataset.small;
+  const table = make('table');
+  const head = table.insertRow();
+  const layers = [...new Set(cells.map(({ layer }) => layer))];
+  head.append(make('th', 'layer'), ...layers.map((layer) => make('th', String(layer))));
+  for (const { position, token } of positions) {
+    const row = table.insertRow();
+    const name = make('th', `${signed(position)} `);
+    name.append(make('code', readable(token)));
+    row.append(name);
+    for (const cell of cells.filter((each) => each.position === position)) {
+      const isUsed = cell.layer === usedLayer && position === usedPosition;
+      const node = make('button', cell.value === null ? '?' : cell.chosen ? '★' : '', 'small-cell');
+      node.type = 'button';
+      node.classList.toggle('rejected', cell.rejected);
+      node.dataset.small = `${position} ${cell.layer}`;
+      node.title = `Layer ${cell.layer}, position ${signed(position)}: ${measure} ${cell.value === null ? 'not measured' : signed(cell.value.toFixed(2))}${cell.rejected ? ', discarded by the rule' : ''}${cell.chosen ? ', the rule’s choice' : ''}`;
+      node.setAttribute('aria-label', node.title);
+      node.setAttribute('aria-pressed', String(isUsed));
+      if (cell.value !== null) node.style.setProperty('--value', scoreColour(measure, cell.value));
+      node.addEventListener('click', () => trigger('restore', { position, layer: cell.layer }));
+      row.insertCell().append(node);
+    }
+  }
+  holder.replaceChildren(table);
+  if (held) [...holder.querySelectorAll('button')].find((node) => node.dataset.small === held)?.focus();
+}
+
+/** The strengths of Talk, which are those of the page. */
+function drawStrengths({ removal, addition }) {
+  const said = { removal: removal === null ? 'off' : `${Math.round(100 * removal)} %`, addition: addition === null ? 'off' : `${signed(addition.toFixed(2))}×` };
+  find('[data-strengths]').textContent = `⊖ ${said.removal} ⊕ ${said.addition}`;
+  find('[data-strengths]').setAttribute('aria-label', `Strengths: removed ${said.removal}, added ${said.addition}`);
+  for (const input of all('[data-strength]')) {
+    const value = { removal: removal === null ? null : 100 * removal, addition }[input.dataset.strength];
+    if (value !== null) input.value = value;
+    input.nextElementSibling.textContent = said[input.dataset.strength];
+  }
 }
 
 function drawSheet(sheet, direction) {
@@ -188,6 +232,8 @@ function note(said) {
   find('[data-note]').textContent = said.join(' ');
 }
 
+const capital = (text) => text[0].toUpperCase() + text.slice(1);
+
 async function copyLink() {
   const state = {};
   document.dispatchEvent(new CustomEvent('gather', { detail: state }));
@@ -196,7 +242,7 @@ async function copyLink() {
   const here = isSaved || isOwn ? {} : { position, layer };
   const { elsewhere, ...said } = state;
   const { text: hash, left } = await packed({ ...said, ...here, model, tab });
-  const lost = [elsewhere > 0 && 'Messages that were answered with a direction that is no longer in use, and not on the map, are asked with the one in use.', isOwn && 'A direction that you had found is not part of it: save it as a file, and hand that on.', isSaved && !isOwn && 'A direction from a file is not part of it: hand the file on as well.', left && `${left} of the messages were too much for a link and are not in it.`].filter(Boolean);
+  const lost = [elsewhere > 0 && 'Messages that were answered with a direction that is no longer in use, and not on the map, are asked with the one in use.', isOwn && 'A direction that you had found is not part of it: save it as a file, and hand that on.', isSaved && !isOwn && 'A direction from a file is not part of it: hand the file on as well.', left.length && `${capital(left.join(' and '))} too much for a link, and not in it.`].filter(Boolean);
   history.replaceState(null, '', `#${hash}`);
   try {
     await navigator.clipboard.writeText(location.href);
@@ -263,6 +309,10 @@ find('[data-candidates]').addEventListener('click', () => {
   closeSheets();
   showTab('Find').focus();
 });
+for (const input of all('[data-strength]')) {
+  input.addEventListener('input', () => document.dispatchEvent(new CustomEvent('dial', { detail: { name: input.dataset.strength, value: input.valueAsNumber } })));
+}
+document.addEventListener('strengths', ({ detail }) => { if (element.isConnected) drawStrengths(detail); });
 find('[data-cancel-load]').addEventListener('click', () => trigger('cancel_load', {}));
 find('[data-link]').addEventListener('click', copyLink);
 all('[data-save-direction]').forEach((button) => button.addEventListener('click', () => trigger('save_direction', { format: button.dataset.saveDirection })));
@@ -286,6 +336,23 @@ document.addEventListener('file', ({ detail }) => {
   if (detail.error) note([detail.error]);
   else if (detail.data) save(detail.name, 'application/octet-stream', Uint8Array.from(atob(detail.data), (letter) => letter.charCodeAt(0)));
 });
+/** A finger cannot hover: what it taps, or a button that it rests on, says here what its tooltip would. */
+function showTip(event, isHeld) {
+  const titled = event.pointerType === 'touch' && event.target.closest('[title]');
+  const isMeant = titled && (isHeld || !titled.closest('button, a, summary, .file'));
+  find('[data-tip]').textContent = isMeant ? titled.title : '';
+  find('[data-tip]').hidden = !isMeant;
+  if (isMeant && isHeld) event.preventDefault();
+}
+
+const onTap = (event) => {
+  if (element.isConnected) {
+    showTip(event, event.type === 'contextmenu');
+  } else {
+    for (const name of ['click', 'contextmenu']) document.removeEventListener(name, onTap);
+  }
+};
+for (const name of ['click', 'contextmenu']) document.addEventListener(name, onTap);
 const about = find('[data-about]');
 const onKey = (key) => {
   if (!element.isConnected) {
@@ -305,3 +372,4 @@ document.addEventListener('direction-wanted', () => {
 });
 watch('value', draw);
 draw();
+document.dispatchEvent(new CustomEvent('strengths-wanted'));

@@ -13,9 +13,6 @@ const NAME = { bypass: 'bypass', induce: 'induce', kl: 'KL', comply: 'comply', r
 const OF_REFUSAL = ['bypass', 'induce', 'kl'];
 const OF_COSMIC = ['comply', 'refuse', 'kl'];
 const OF_CONTRAST = ['auroc', 'd_prime'];
-const REACH = 12; // the log-odds at which the colour is full
-const KL_REACH = 0.3;
-const D_PRIME_REACH = 6;
 
 let view = null;
 let measure = 'bypass';
@@ -27,16 +24,6 @@ function shown(name, value) {
   if (value === null) return 'not measured';
   const text = ['kl', 'auroc', 'comply', 'refuse'].includes(name) ? value.toFixed(3) : `${value < 0 ? '' : '+'}${value.toFixed(name === 'norm' ? 2 : 1)}`;
   return text.replace('-', '−');
-}
-
-function colour(value) {
-  if (!['bypass', 'induce'].includes(measure)) {
-    const reached = { kl: value / KL_REACH, auroc: 2 * value - 1, d_prime: value / D_PRIME_REACH, comply: value, refuse: value }[measure];
-    const share = Math.min(1, Math.max(0, reached));
-    return `color-mix(in oklab, color-mix(in oklab, #fde945 ${100 * share}%, #2a4a86) 42%, var(--ground))`;
-  }
-  const strength = Math.min(1, Math.abs(value) / REACH);
-  return `color-mix(in oklab, var(--${value < 0 ? 'harmless' : 'harmful'}) ${(48 * strength).toFixed(0)}%, var(--ground))`;
 }
 
 function is(cell, [position, layer]) {
@@ -64,7 +51,7 @@ function button(cell) {
   node.classList.toggle('used', is(cell, view.used));
   node.classList.toggle('chosen', is(cell, view.rule));
   node.disabled = cell.rejected === 'zero';
-  if (known) node.style.setProperty('--value', colour(value));
+  if (known) node.style.setProperty('--value', scoreColour(NAME[measure], value));
   node.append(make('span', is(cell, view.rule) ? '★' : '', 'star'), make('span', known ? shown(measure, value) : node.disabled ? '0' : '?', 'value'));
   node.setAttribute('aria-label', said(cell));
   node.setAttribute('aria-pressed', String(is(cell, view.used)));

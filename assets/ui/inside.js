@@ -32,10 +32,12 @@ async function drawFigure(node, json, marks = []) {
 
 /** The parts that are chosen, framed in a map of parts. */
 function frames() {
-  return writers.columns.flatMap((column, x) => [...chosen].filter((name) => name.startsWith(`${column} `)).map((name) => {
-    const y = Number(name.split(' ')[1]);
-    return { type: 'rect', x0: x - 0.5, x1: x + 0.5, y0: y - 0.5, y1: y + 0.5, line: { color: colour('ink'), width: 2 } };
-  }));
+  return [...chosen].flatMap((name) => {
+    const [part, where] = name.split(' ');
+    const [layer, head] = (where || '').split('.');
+    const [x, y] = [writers.columns.indexOf(head === undefined ? part : `${part} ${head}`), Number(layer)];
+    return x < 0 ? [] : [{ type: 'rect', x0: x - 0.5, x1: x + 0.5, y0: y - 0.5, y1: y + 0.5, line: { color: colour('ink'), width: 2 } }];
+  });
 }
 
 async function drawParts(node, json) {
@@ -43,7 +45,8 @@ async function drawParts(node, json) {
   node.removeAllListeners('plotly_click');
   node.on('plotly_click', ({ points: [{ x, y }] }) => {
     const column = writers.columns[x];
-    toggle(`${column.startsWith('head') ? 'attention' : column} ${y}`);
+    const [part, head] = column.split(' ');
+    toggle(head === undefined ? `${part} ${y}` : `${part} ${y}.${head}`);
   });
 }
 
@@ -62,7 +65,7 @@ function partButton(name, title) {
 }
 
 function drawChosen() {
-  const names = writers.writers.filter((name) => chosen.has(name));
+  const names = writers.parts.filter((name) => chosen.has(name));
   const focused = document.activeElement.closest('[data-chosen]');
   find('[data-chosen]').replaceChildren(...names.map((name) => partButton(name, 'Choose it no longer')));
   if (focused) find('[data-add]').focus();
@@ -71,7 +74,7 @@ function drawChosen() {
   find('[data-none]').disabled = !names.length;
   const option = (name) => Object.assign(make('option', name), { value: name });
   const first = Object.assign(make('option', 'another part …'), { value: '' });
-  const [list, others] = [find('[data-add]'), writers.writers.filter((name) => !chosen.has(name))];
+  const [list, others] = [find('[data-add]'), writers.parts.filter((name) => !chosen.has(name))];
   const picked = list.value;
   list.replaceChildren(first, ...others.map(option));
   list.value = others.includes(picked) ? picked : '';
@@ -217,6 +220,14 @@ function show() {
   }
 }
 
+ofLink().then(({ inside }) => {
+  if (!inside || view) return;
+  [find('[data-first]').value, find('[data-second]').value] = inside;
+  if (seen) read();
+});
+document.addEventListener('gather', ({ detail }) => {
+  if (element.isConnected && view) detail.inside = [find('[data-first]').value, find('[data-second]').value];
+});
 new ResizeObserver(show).observe(element);
 find('form').addEventListener('submit', (event) => { event.preventDefault(); read(); });
 let isMeasuring = false;
@@ -252,7 +263,7 @@ find('[data-put]').addEventListener('click', () => {
 });
 find('[data-none]').addEventListener('click', () => { chosen = new Set(); drawWriters(); });
 find('[data-only]').addEventListener('click', () => {
-  document.dispatchEvent(new CustomEvent('confine', { detail: writers.writers.filter((name) => chosen.has(name)) }));
+  document.dispatchEvent(new CustomEvent('confine', { detail: writers.parts.filter((name) => chosen.has(name)) }));
   showTab('Talk').focus(); // the button that was pressed is out of sight now
 });
 document.addEventListener('confined', ({ detail }) => {

@@ -7,6 +7,7 @@ const MOST_MESSAGES = 50;
 const within = (low, high, whole = false) => (value) => typeof value === 'number' && value >= low && value <= high && (!whole || Number.isInteger(value));
 const oneOf = (...choices) => (value) => choices.includes(value);
 const orNull = (allowed) => (value) => value === null || allowed(value);
+const texts = (value, longest) => Array.isArray(value) && value.length === 2 && value.every((text) => typeof text === 'string' && text.length <= longest);
 const FIELDS = {
   model: (value) => typeof value === 'string' && value.length <= 300,
   position: within(-64, -1, true), layer: within(0, 1000, true),
@@ -14,8 +15,12 @@ const FIELDS = {
   max_new_tokens: within(1, 512, true), seed: within(0, 2 ** 31, true),
   removed_on: oneOf(true, false), added_on: oneOf(true, false), control_on: oneOf(true, false),
   system: (value) => typeof value === 'string' && value.length <= 2000,
-  writers: (value) => Array.isArray(value) && value.length > 0 && value.length <= 2000 && value.every((name) => /^(embedding|positions|(attention|MLP|PLE) \d{1,4})$/.test(name)),
+  writers: (value) => Array.isArray(value) && value.length > 0 && value.length <= 2000 && value.every((name) => /^(embedding|positions|(attention|MLP|PLE) \d{1,4}|head \d{1,4}\.\d{1,4})$/.test(name)),
   tint: oneOf('untouched', 'inside', 'off'),
+  draft: (value) => typeof value === 'string' && value.length <= 8000,
+  map: (value) => isPlain(value) && FIELDS.position(value.position) && FIELDS.layer(value.layer) && oneOf('pca', 'turned', 'along', 'umap')(value.axes),
+  measure: (value) => isPlain(value) && within(5, 100, true)(value.n) && FIELDS.max_new_tokens(value.length) && oneOf('default', 'paper')(value.rules) && texts(value.lists, 500),
+  inside: (value) => texts(value, 2000),
   tab: oneOf('Talk', 'Map', 'Find', 'Measure', 'Inside'),
   prompts: (value) => Array.isArray(value) && value.length <= MOST_MESSAGES && value.every((text) => typeof text === 'string' && text.trim()),
   turns: (value) => Array.isArray(value) && value.length <= MOST_MESSAGES && value.every((each) => isPlain(each) && wrongIn(each) === undefined),
@@ -41,13 +46,19 @@ async function through(stream, bytes) {
   return new Uint8Array(await new Response(body).arrayBuffer());
 }
 
-/** The state as the part of an address after “#”, and how many of its messages had to be left out of it. */
-async function packed({ prompts, turns, ...state }, left = prompts.length > MOST_MESSAGES ? prompts.length : 0) {
-  const said = left ? { prompts: [] } : { prompts, turns };
-  const written = new TextEncoder().encode(JSON.stringify({ v: 1, ...state, ...said }));
-  const bytes = written.length < MOST_STATE ? await through(new CompressionStream('deflate-raw'), written) : [];
-  const text = btoa(String.fromCharCode(...bytes)).replaceAll('+', '-').replaceAll('/', '_').replaceAll('=', '');
-  return left || !prompts.length || (text && text.length <= MOST_LINK) ? { text, left } : packed({ ...state, prompts }, prompts.length);
+/** The state as the part of an address after “#”; of what is too much for one, messages are left out first, then other texts. */
+async function packed({ prompts, turns, ...state }) {
+  const { draft, inside, ...settings } = state;
+  const messages = prompts.length <= MOST_MESSAGES ? [{ said: { ...state, prompts, turns }, left: [] }] : [];
+  const many = prompts.length ? [`${prompts.length} of the messages were`] : [];
+  const texts = draft || inside ? ['what stands in the fields was'] : [];
+  for (const { said, left } of [...messages, { said: { ...state, prompts: [] }, left: many }, { said: { ...settings, prompts: [] }, left: [...many, ...texts] }]) {
+    const written = new TextEncoder().encode(JSON.stringify({ v: 1, ...said }));
+    const bytes = written.length < MOST_STATE ? await through(new CompressionStream('deflate-raw'), written) : [];
+    const text = btoa(String.fromCharCode(...bytes)).replaceAll('+', '-').replaceAll('/', '_').replaceAll('=', '');
+    if (text && text.length <= MOST_LINK) return { text, left };
+  }
+  return { text: '', left: ['all of it was'] };
 }
 
 /** What an address says, and what of it cannot be used: such fields are named, left at their defaults, and do no harm. */

@@ -394,9 +394,34 @@ function arrive(next) {
   if (areOthers) drawList();
   if (seen) drawFigures();
   if ((isOther && axes !== 'umap' && view.axes !== axes) || (inUse && view.direction !== inUse && askedOf !== inUse)) ask();
+  applyLink();
   // A position or axes that are new to the server had no star when the message was foretold.
   if (forecast && !forecast.stars[`${view.position} ${view.axes}`]) document.dispatchEvent(new CustomEvent('star-wanted'));
 }
+
+let wanted = null; // what the link says of the map
+
+/** Shows what the link shows, of the model that it was made with. */
+function applyLink() {
+  if (!wanted || !view || (wanted.model !== undefined && wanted.model !== view.model)) return;
+  const { map } = wanted;
+  wanted = null;
+  if (!map) return;
+  if (view.positions.some(({ position: each }) => each === map.position)) position = map.position;
+  layer = Math.min(map.layer, view.layers.length - 1);
+  find('[data-axes]').value = map.axes;
+  find('[data-axes]').dispatchEvent(new Event('change'));
+  drawPositions();
+  setLayer(layer);
+}
+
+ofLink().then((state) => {
+  wanted = state;
+  applyLink();
+});
+document.addEventListener('gather', ({ detail }) => {
+  if (element.isConnected && view) detail.map = { position, layer, axes };
+});
 
 let seen = false;
 new ResizeObserver(() => {

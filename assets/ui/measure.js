@@ -130,9 +130,29 @@ async function drawCurves() {
     node.closest('figure').hidden = !drawn;
     if (!drawn) continue;
     const figure = painted(JSON.parse(drawn));
-    await Plotly.react(node, figure.data, figure.layout, CONFIG);
+    await Plotly.react(node, figure.data, { ...figure.layout, shapes: [...(figure.layout.shapes || []), ...dialled(kind)] }, CONFIG);
   }
 }
+
+let dials = {}; // the strengths of Talk
+
+/** Where the dial of this edit stands, as a line in its curves. */
+function dialled(kind) {
+  const at = kind === 'add' ? dials.addition : dials.removal;
+  if (at === null || at === undefined) return [];
+  return [{ type: 'line', x0: at, x1: at, y0: 0, y1: 1, yref: 'paper', layer: 'below', line: { color: colour('ink'), width: 2, dash: 'dot' }, opacity: 0.5 }];
+}
+
+document.addEventListener('strengths', ({ detail }) => {
+  if (!element.isConnected) return;
+  dials = detail;
+  if (!curves || !seen || !window.Plotly) return;
+  for (const node of all('[data-figure]')) {
+    const [kind, what] = node.dataset.figure.split(' ');
+    const drawn = node.data && curves[kind][`${what}_figure`];
+    if (drawn) Plotly.relayout(node, { shapes: [...(painted(JSON.parse(drawn)).layout.shapes || []), ...dialled(kind)] });
+  }
+});
 
 function cell(value) {
   const text = String(value);
@@ -310,7 +330,19 @@ document.addEventListener('direction', ({ detail }) => {
   find('.measure-body').hidden = false;
   drawReport();
 });
+ofLink().then(({ measure: said }) => {
+  if (!said) return;
+  [find('[data-n]').value, find('[data-length]').value, find('[data-rules]').value] = [said.n, Math.min(said.length, find('[data-length]').max), said.rules];
+  [find('[data-list-of="first"]').value, find('[data-list-of="second"]').value] = said.lists;
+});
+document.addEventListener('gather', ({ detail }) => {
+  const number = (field) => find(field).valueAsNumber;
+  const lists = ['first', 'second'].map((which) => find(`[data-list-of="${which}"]`).value);
+  const isValid = element.isConnected && find('form.wish').checkValidity();
+  if (isValid) detail.measure = { n: number('[data-n]'), length: number('[data-length]'), rules: find('[data-rules]').value, lists };
+});
 if (props.value?.most_tokens) find('[data-length]').max = props.value.most_tokens;
 watch('value', draw);
 drawRunning();
 document.dispatchEvent(new CustomEvent('direction-wanted'));
+document.dispatchEvent(new CustomEvent('strengths-wanted'));

@@ -31,11 +31,31 @@ function pause(button, now) {
   button.setAttribute('aria-disabled', String(now));
 }
 
+const LOG_ODDS_REACH = 12; // at which the colour is full
+const SHARE = { KL: (kl) => kl / 0.3, AUROC: (auroc) => 2 * auroc - 1, 'd′': (distance) => distance / 6, comply: (cosine) => cosine, refuse: (cosine) => cosine };
+
+/** The colour of a candidate's score: by its side where it is log-odds of refusing, else by its size, as in cividis. */
+function scoreColour(measure, value) {
+  if (!SHARE[measure]) {
+    const strength = Math.min(1, Math.abs(value) / LOG_ODDS_REACH);
+    return `color-mix(in oklab, var(--${value < 0 ? 'harmless' : 'harmful'}) ${(48 * strength).toFixed(0)}%, var(--ground))`;
+  }
+  const share = Math.min(1, Math.max(0, SHARE[measure](value)));
+  return `color-mix(in oklab, color-mix(in oklab, #fde945 ${100 * share}%, #2a4a86) 42%, var(--ground))`;
+}
+
 /** Shows a tab, and gives its button; nothing for a name that none has. */
 function showTab(name) {
   const tab = [...document.querySelectorAll('#tabs [role="tab"]')].find((each) => each.textContent.trim() === name);
   tab?.click();
   return tab;
+}
+
+/** What the link says, once the bar has applied it, to a part that is to look as it did for whoever made the link. */
+async function ofLink() {
+  const { state } = (await window.linkOfPage) || { state: {} };
+  await window.linkApplied?.promise;
+  return state;
 }
 
 /** What the browser keeps of this page for the next visit, where it keeps anything: some refuse to. */

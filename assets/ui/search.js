@@ -76,6 +76,10 @@ function edited() {
 /** The tokens of the direction in use, once there is another one; what the visitor has changed meanwhile stays. */
 function drawSearch(view) {
   modelTokens = view.model_tokens;
+  const positions = find('[data-positions]');
+  if (Number(positions.max) !== view.template_positions || !positions.value) positions.value = view.template_positions;
+  positions.max = view.template_positions;
+  find('[data-template-positions]').textContent = view.template_positions;
   const of = JSON.stringify([view.model, view.origin, view.tokens]);
   if (of !== shownOf) {
     const sameModel = shownOf && JSON.parse(shownOf)[0] === view.model;
@@ -133,6 +137,7 @@ function startSearch() {
     file_name: own === 'file' && labelled ? labelled.name : '',
     file_text: own === 'file' && labelled ? labelled.text : '',
     by: byCosine() ? 'cosmic' : 'rule',
+    n_positions: find('[data-positions]').value ? find('[data-positions]').valueAsNumber : null,
     tokens: areEdited && !isContrast() && !byCosine() ? tokens.map(({ id }) => id) : null,
   };
   const size = sent.first.length + sent.second.length + sent.file_text.length;

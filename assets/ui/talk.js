@@ -14,7 +14,7 @@ let running = false;
 let started = document.body; // what had the focus when the replies were asked for
 let waiting = null; // a request that waits for the run on screen to end
 let sent = null; // the message that is to leave the composer once it is accepted
-let parts = []; // what writes to the stream of the model, by name
+let parts = []; // what writes to the stream of the model, and the heads in it, by name
 let writers = null; // the parts from which alone the direction is removed; null is all
 let turns = 0;
 let script = []; // what a link or a file has still to ask, each message with its settings
@@ -70,10 +70,14 @@ function confine(names, problem = '') {
   if (!names) handOn([find('[data-everywhere]')], find('[data-on="removed"]'));
   find('[data-confined]').hidden = !names && !problem;
   find('[data-everywhere]').hidden = !names;
-  find('[data-removed-where]').textContent = names ? `at ${names.length} of ${parts.length} parts` : 'everywhere';
-  find('[data-confined-to]').textContent = names ? `Only ${names.length} of ${parts.length} parts are edited: ${listed(names)}.` : problem;
+  find('[data-removed-where]').textContent = names ? `at ${counted(names)}` : 'everywhere';
+  find('[data-confined-to]').textContent = names ? `Removed only from ${counted(names)}: ${listed(names)}.` : problem;
   find('[data-confined-to]').title = names ? names.join(', ') : '';
   document.dispatchEvent(new CustomEvent('confined', { detail: names || [] }));
+}
+
+function counted(names) {
+  return names.length === 1 ? '1 part' : `${names.length} parts`;
 }
 
 function listed(names) {
@@ -267,7 +271,7 @@ function rest(pane, reply) {
   if (reply.ending === 'off') return 'off';
   if (reply.ending === '') return '';
   const strength = pane === 'removed' ? `${Math.round(100 * reply.strength)} %` : pane === 'unchanged' ? '' : `${signed(reply.strength)}×`;
-  const share = reply.writers ? `${reply.writers.length} of ${parts.length} parts` : '';
+  const share = reply.writers ? `only from ${counted(reply.writers)}` : '';
   const tokens = reply.tokens === 1 ? '1 token' : `${reply.tokens} tokens`;
   const end = reply.tokens === null // a server that does not count them
     ? { stopped: 'stopped', length: 'cut at the longest', end: '', filtered: '' }
@@ -565,7 +569,7 @@ function drawForetold() {
 function open(view) {
   const { opening, harmless, harmful, layer, position, digest, model } = view.examples;
   if (opened === model) return;
-  parts = view.examples.writers;
+  parts = view.examples.parts;
   confine(null);
   opened = model;
   direction = digest;
@@ -633,6 +637,10 @@ function apply(state) {
   }
   if ('system' in state) find('[data-system]').value = state.system;
   if ('tint' in state) find('[data-tint]').value = state.tint;
+  if (state.draft && !prompt.value) {
+    prompt.value = state.draft;
+    grow();
+  }
   if (state.writers !== undefined) {
     const known = (state.writers || []).every((name) => parts.includes(name));
     confine(known ? state.writers : null);
@@ -857,6 +865,8 @@ function showDials() {
   drawForetold();
   find('[data-mode]').textContent = isSampled() ? 'sampled' : 'greedy';
   find('[data-seeded]').hidden = !isSampled();
+  const { removal, addition } = settings();
+  document.dispatchEvent(new CustomEvent('strengths', { detail: { removal, addition } }));
 }
 
 function bind() {
@@ -989,6 +999,8 @@ document.addEventListener('direction', ({ detail }) => {
   again();
   foretell();
 });
+document.addEventListener('dial', ({ detail }) => { if (element.isConnected) move(find(`[data-dial="${detail.name}"]`), detail.value); });
+document.addEventListener('strengths-wanted', () => { if (element.isConnected) showDials(); });
 document.addEventListener('confine', ({ detail }) => { if (element.isConnected) reconfine(detail); });
 document.addEventListener('tint', ({ detail }) => { if (element.isConnected && detail && detail.panes) tinted(detail); });
 document.addEventListener('gather', ({ detail }) => {
@@ -1003,6 +1015,7 @@ document.addEventListener('gather', ({ detail }) => {
     tint: find('[data-tint]').value,
     system: find('[data-system]').value.trim(),
     writers: writers ?? undefined,
+    draft: prompt.value.trim() ? prompt.value.slice(0, 8000) : undefined,
     seed: number('[data-seed]', 0),
     ...gathered(),
   });

@@ -103,6 +103,28 @@ def _direction_view(ready: Ready) -> dict:
         "scores": _scores(score, found.prompts.classes) if score else [],
         "prompts": _prompts(source),
         "refusal_tokens": tokens_view(ready.model, found),
+        "candidates": _candidates_view(ready),
+    }
+
+
+def _candidates_view(ready: Ready) -> dict:
+    """Every candidate with the one score that it is chosen by."""
+    found, tokens = ready.found, ready.model.template_tokens
+    measure = "AUROC" if found.direction.source.contrast else "comply" if found.direction.source.chosen_by else "bypass"
+    chosen = found.direction.source
+    return {
+        "measure": measure,
+        "positions": [{"position": p, "token": tokens[p]} for p in sorted({s.pos for s in found.scores})],
+        "cells": [
+            {
+                "position": s.pos,
+                "layer": s.layer,
+                "value": getattr(s, measure.lower()),
+                "rejected": s in found.choice.rejected,
+                "chosen": (s.pos, s.layer) == (chosen.position, chosen.layer),
+            }
+            for s in sorted(found.scores, key=lambda s: s.layer)
+        ],
     }
 
 

@@ -423,6 +423,7 @@ def filled(ready: Ready, stop: threading.Event) -> Iterator[Progress | Ready]:
         seconds=SEARCH,
         by="cosmic" if found.direction.source.chosen_by else "rule",
         refusal_tokens=found.refusal_tokens,
+        n_positions=len(found.directions),
         complete=True,
         stop=stop,
     )

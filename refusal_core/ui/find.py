@@ -39,6 +39,7 @@ def find_view(ready: Ready, model_found: Found, error: str = "") -> dict:
         "positions": [
             {"position": p, "token": model.template_tokens[p]} for p in sorted({s.pos for s in found.scores})
         ],
+        "template_positions": model.template_positions,
         "cells": [_cell(ready, score) for score in found.scores],
         "rule": [rule.position, rule.layer],
         "used": [used.position, used.layer] if ready.score else [None, None],

@@ -12,11 +12,12 @@ from refusal_core.attribution import (
     Reading,
     Writers,
     attribute_writers,
-    patch_writers,
+    patch_parts,
     read_along,
     words,
     write_along,
 )
+from refusal_core.interventions import head_name
 from refusal_core.plots import reading_map, writer_map
 from refusal_core.prompts import PromptError, ends_of
 from refusal_core.selection import Progress
@@ -90,7 +91,7 @@ def writers_view(ready: Ready, stop: threading.Event, *, every: bool) -> Iterato
     first = attribute_writers(ready.model, *pairs, tokens)
     yield _writers(ready, writers, first, None)
     largest = [name for name, _ in sorted(_effects(first).items(), key=lambda pair: -abs(pair[1]))]
-    for news in patch_writers(ready.model, *pairs, tokens, stop=stop, writers=largest[: None if every else N_TOP]):
+    for news in patch_parts(ready.model, *pairs, tokens, stop=stop, parts=largest[: None if every else N_TOP]):
         if isinstance(news, Progress):
             yield {"model": ready.model.name} | measuring_view(news)
         else:
@@ -105,7 +106,7 @@ def _writers(ready: Ready, writers: Writers, first: Attribution | None, exact: P
         "direction": ready.digest,
         "direct": writer_map(direct, columns, "of ‖r‖").to_json(),
         "columns": columns,
-        "writers": list(writers.names),
+        "parts": list(ready.model.parts),
         "heads": writers.heads is not None,
         "below": float(writers.along[: _n_below(writers.names, source.layer)].sum()),
         "layer": source.layer,
@@ -129,7 +130,11 @@ def _patched(first: Attribution, exact: Patching | None, n_layers: int) -> dict:
 
 
 def _effects(measured: Attribution | Patching) -> dict[str, float]:
-    return dict(zip(measured.names, measured.effect.tolist(), strict=True))
+    effects = dict(zip(measured.names, measured.effect.tolist(), strict=True))
+    if isinstance(measured, Attribution) and measured.heads is not None:
+        by_layer = enumerate(measured.heads.tolist())
+        effects |= {head_name(layer, h): e for layer, row in by_layer for h, e in enumerate(row)}
+    return effects
 
 
 def _by_layer(

@@ -22,7 +22,7 @@ from refusal_core.prompts import (
     parse_lists,
     read_public,
 )
-from refusal_core.selection import By, Found, Progress, find_contrast, find_direction
+from refusal_core.selection import By, Found, Progress, find_contrast, find_direction, read_at_most
 from refusal_core.ui.engine import Ready, filled
 from refusal_core.ui.lending import SEARCH, on_gpu
 from refusal_core.ui.talk import Stops
@@ -41,7 +41,7 @@ MOST_KEPT = 4
 class Search:
     """What a visitor wants found. Without `prompts` those of the app; `tokens` are None for those that these give.
 
-    `by` is who chooses, as in `find_direction`. `n_given` counts the prompts before those that are there twice were left out.
+    `by` is who chooses and `n_positions` where is read, as in `find_direction`. `n_given` counts the prompts before those that are there twice were left out.
     """
 
     run: int
@@ -51,6 +51,7 @@ class Search:
     name: str = "the app’s prompts"
     n_given: int = 0
     by: By | None = None
+    n_positions: int | None = None
 
     @classmethod
     def read(cls, sent: Mapping[str, object], model: ChatModel, *, local: bool = False) -> "Search":
@@ -76,7 +77,14 @@ class Search:
             _check_length(prompt, model)
         tokens = _tokens(sent.get("tokens"), model) if classes == CLASSES else None
         by = "cosmic" if sent.get("by") == "cosmic" else None
-        return cls(run, tuple(prompts), classes, tokens, name, len(given), by)
+        return cls(run, tuple(prompts), classes, tokens, name, len(given), by, _n_positions(sent, model))
+
+
+def _n_positions(sent: Mapping[str, object], model: ChatModel) -> int | None:
+    asked = sent.get("n_positions")
+    if asked is None or type(asked) is int:
+        return None if asked is None else read_at_most(model, asked)
+    raise PromptError("How many positions are read is a whole number: set it again.")
 
 
 def _classes(sent: Mapping[str, object]) -> tuple[str, str]:
@@ -159,9 +167,9 @@ def search(ready: Ready, wish: Search, source: str | Path, stop: threading.Event
     """
     parts = _parts(wish, source)
     train, val = parts["train"], parts["val"]
-    find, how = find_contrast, {}
+    find, how = find_contrast, {"n_positions": wish.n_positions}
     if wish.classes == CLASSES:
-        find, how = find_direction, {"by": wish.by, "refusal_tokens": wish.tokens}
+        find, how = find_direction, how | {"by": wish.by, "refusal_tokens": wish.tokens}
     for found in on_gpu(find, ready.model, train, val, **how, model=ready.model, seconds=SEARCH, stop=stop):
         if not isinstance(found, Found):
             yield found

@@ -534,14 +534,14 @@ def opening_view(ready: Ready) -> dict:
         "digest": ready.digest,
         "layer": source.layer,
         "position": source.position,
-        "writers": list(ready.model.writers),
+        "parts": list(ready.model.parts),
     }
     return _opening(ready.examples, about)
 
 
 def served_view(served: Served) -> dict:
     """The first view where two servers answer; `closed` says what cannot be done then."""
-    return _opening(served.examples, {"model": served.name, "digest": "", "writers": [], "closed": CLOSED})
+    return _opening(served.examples, {"model": served.name, "digest": "", "parts": [], "closed": CLOSED})
 
 
 def _opening(examples: PromptSet, about: dict) -> dict:
