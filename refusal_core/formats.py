@@ -3,6 +3,7 @@
     direction.N = ‖r‖ r̂ at N = layer − 1, 0 at every other N     what llama.cpp adds to the output of block N ≥ 1,
                                                                 which is `resid_pre` of block N + 1
     direction.pt = r,   mean_diffs.pt = r[pos, layer],   direction_metadata.json = {pos, layer}
+    direction_evaluations.json = [{position, layer, refusal_score, steering_score, kl_div_score}, …], of every candidate
                                                                 layers count a block's input there, as they do here
 
 A file may come from anybody. Of a pickle only tensors are read (`weights_only`), out of an archive that cannot unpack
@@ -17,6 +18,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ GGUF, PAPER = "a GGUF control vector", "a run of the paper's code"
 SOURCE_KEY = "refusal_direction.source"
 SAVED = "direction.safetensors"
 METADATA = "direction_metadata.json"
+EVALUATIONS = "direction_evaluations.json"
 TENSORS = ("direction.pt", "mean_diffs.pt", "generate_directions/mean_diffs.pt")
 MOST_BYTES = 256 * 2**20
 ALIGNMENT = 32
@@ -57,6 +60,9 @@ def load_direction(model: ChatModel, path: str | Path) -> Direction:
             )
     if wanted[0].suffix == ".pt":
         wanted.append(folder / METADATA)
+        wanted += [
+            file for file in (folder / EVALUATIONS, folder / "select_direction" / EVALUATIONS) if file.is_file()
+        ][:1]
     for file in wanted:
         if not file.is_file():
             raise DirectionError(f"There is no file {str(file)!r}.")
@@ -68,11 +74,16 @@ def load_direction(model: ChatModel, path: str | Path) -> Direction:
 def read_direction(model: ChatModel, files: Mapping[str, bytes]) -> Direction:
     """The direction of `model` in one file, by its name's ending, or in a tensor of the paper's code with its metadata.
 
-    Raises DirectionError, in one sentence, for anything that is no direction, ModelError for one of another model.
+    Beside these there may be the scores of the same run, which `Source.origin` then gives. Raises DirectionError, in one sentence, for anything that is no direction, ModelError for one of another model.
     """
-    endings = {Path(name).suffix.lower(): name for name in files}
-    if set(endings) == {".pt", ".json"} and len(files) == 2:
+    scores = {name: data for name, data in files.items() if Path(name).name == EVALUATIONS}
+    endings = {Path(name).suffix.lower(): name for name in files if name not in scores}
+    if set(endings) == {".pt", ".json"} and len(files) == 2 + len(scores):
         direction = _from_run(model, endings[".pt"], files[endings[".pt"]], files[endings[".json"]])
+        for data in scores.values():
+            source = direction.source
+            told = f"{PAPER}, where it has {_scores_in_run(data, source.position, source.layer)}"
+            direction = replace(direction, source=replace(source, origin=told))
     elif len(files) != 1 or {".pt", ".json"} & set(endings):
         raise DirectionError(
             f"A direction is one .safetensors or .gguf file, or direction.pt or mean_diffs.pt together with {METADATA}: "
@@ -250,6 +261,22 @@ def _from_run(model: ChatModel, name: str, data: bytes, metadata: bytes) -> Dire
             f"positions and {model.n_layers} layers of {model.name}."
         )
     return Direction.from_difference(r, Source(layer=layer, position=position, origin=PAPER))
+
+
+def _scores_in_run(data: bytes, position: int, layer: int) -> str:
+    """The scores that the paper's code gave this candidate, in words; raises DirectionError where it gave it none."""
+    try:
+        rows = [row for row in json.loads(data) if (row["position"], row["layer"]) == (position, layer)]
+        bypass, induce, kl = (float(rows[0][name]) for name in ("refusal_score", "steering_score", "kl_div_score"))
+    except IndexError as error:
+        raise DirectionError(
+            f"{EVALUATIONS} has no candidate at position {position}, layer {layer}: take the files of one run."
+        ) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DirectionError(
+            f"{EVALUATIONS} is no list of candidates with their scores: leave it out, or take that of the same run."
+        ) from error
+    return f"bypass {bypass:+.2f}, induce {induce:+.2f}, KL {kl:.3f}"
 
 
 def _tensor(name: str, data: bytes) -> Tensor:

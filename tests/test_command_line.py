@@ -49,6 +49,14 @@ def test_find_says_what_it_chose_and_finds_it_again_at_once(lists, tmp_path, cap
     assert said["margin"] == found.choice.margin and len(said["refusal_texts"]) == len(found.refusal_tokens)
 
 
+def test_find_reads_at_as_many_positions_as_asked_for(lists, capsys):
+    assert main(["find", *lists, "--positions", "1", "--json", "--device", "cpu"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["positions"] == [-2, -1] and {row["pos"] for row in said["candidates"]} == {-1}
+    assert main(["find", *lists, "--positions", "9", "--device", "cpu"]) == 1
+    assert "read at 1 to 5 of them, not 9" in capsys.readouterr().err
+
+
 def test_find_by_cosmic_says_so_in_the_table_and_in_the_direction(lists, tmp_path, capsys):
     assert main(["find", *lists, "--by", "cosmic", "--no-cache", "--out", str(tmp_path), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out

@@ -191,6 +191,39 @@ def test_finding_a_direction_lets_a_chat_have_every_other_turn(model: ChatModel,
     assert max(between) <= 2, f"slices of the search between two tokens: {between}"
 
 
+def test_whoever_comes_while_others_are_answered_has_a_first_token_after_two_steps_of_theirs(
+    model: ChatModel, direction: Direction, monkeypatch
+):
+    over, steps, forward = threading.Event(), [], model._desk._forward
+
+    def counted(*args, **inputs):
+        steps.append(threading.get_ident())
+        return forward(*args, **inputs)
+
+    monkeypatch.setattr(model._desk, "_forward", counted)
+
+    def visit(talk: str) -> None:
+        reply = model.begin([talk] * 3, rows_of(direction))
+        while not over.is_set():
+            reply.step(reply.logits.argmax(-1).tolist())
+        reply.close()
+
+    waits = []
+    with ThreadPoolExecutor(len(TALKS)) as visitors:
+        visits = [visitors.submit(visit, talk) for talk in TALKS]
+        while len(steps) < 3 * len(TALKS):
+            time.sleep(0.005)
+        for _ in range(8):
+            before = len(steps)
+            model.begin(["Hi"]).close()
+            waits.append(steps[before:].index(threading.get_ident()))
+        over.set()
+        for each in visits:
+            each.result()
+    assert len(steps) > 8 + 4 * len(TALKS), "the others went on meanwhile"
+    assert max(waits) <= 2, f"steps of others before the prompt was read: {waits}"
+
+
 def test_turns_come_in_the_order_in_which_they_were_asked_for():
     turns, order, threads = Turns(), [], []
 

@@ -19,7 +19,17 @@ from refusal_core.__main__ import main
 from refusal_core.chat_model import ChatModel, ModelError
 from refusal_core.directions import Direction, DirectionError
 from refusal_core.findings import save_found
-from refusal_core.formats import ALIGNMENT, GGUF, METADATA, PAPER, from_gguf, load_direction, read_direction, to_gguf
+from refusal_core.formats import (
+    ALIGNMENT,
+    EVALUATIONS,
+    GGUF,
+    METADATA,
+    PAPER,
+    from_gguf,
+    load_direction,
+    read_direction,
+    to_gguf,
+)
 from refusal_core.interventions import Intervention
 
 
@@ -150,6 +160,38 @@ def test_a_run_of_the_papers_code_gives_the_direction_it_chose(model: ChatModel,
         assert (read.source.layer, read.source.position, read.source.origin) == (6, -2, PAPER)
         assert read.norm == pytest.approx(every[-2, 6].norm().item())
         assert_close(read.unit.double(), every[-2, 6] / every[-2, 6].norm(), atol=1e-6, rtol=0)
+
+
+def test_the_scores_of_the_same_run_are_read_with_it_and_those_of_another_are_refused(model: ChatModel, tmp_path):
+    rows = [
+        {"position": -2, "layer": n, "refusal_score": -n, "steering_score": n, "kl_div_score": n / 100} for n in (5, 6)
+    ]
+    torch.save(torch.randn(model.d_model), tmp_path / "direction.pt")
+    (tmp_path / METADATA).write_bytes(place(6, -2))
+    (tmp_path / "select_direction").mkdir()
+    scores = tmp_path / "select_direction" / EVALUATIONS
+    scores.write_text(json.dumps(rows), "utf-8")
+    read = load_direction(model, tmp_path)
+    assert read.source.origin == f"{PAPER}, where it has bypass -6.00, induce +6.00, KL 0.060"
+    files = {
+        "direction.pt": (tmp_path / "direction.pt").read_bytes(),
+        METADATA: place(6, -2),
+        EVALUATIONS: scores.read_bytes(),
+    }
+    assert read_direction(model, files).digest == read.digest
+    for data, says in (
+        (json.dumps(rows[:1]), "no candidate at position -2, layer 6"),
+        ("{}", "no candidate at"),
+        ("[1]", "is no list of candidates"),
+        ("[" * 100_000, "is no list of candidates"),
+        (json.dumps([{"position": -2, "layer": 6}]), "is no list of candidates"),
+        (json.dumps([rows[1] | {"kl_div_score": "<b>"}]), "is no list of candidates"),
+    ):
+        with pytest.raises(DirectionError, match=says) as caught:
+            read_direction(model, files | {EVALUATIONS: data.encode()})
+        assert "\n" not in str(caught.value)
+    with pytest.raises(DirectionError, match="together with"):
+        read_direction(model, {EVALUATIONS: files[EVALUATIONS], "direction.pt": files["direction.pt"]})
 
 
 class Hostile:

@@ -133,7 +133,7 @@ def test_what_was_sent_is_read_and_what_is_there_twice_is_left_out(ready):
     assert wish.n_given == len(BAD) + len(GOOD) + 1 and wish.tokens == (43, 888)
     assert Search.read(CONTRAST | {"tokens": [43]}, ready.model).tokens is None, "a contrast knows no refusal"
     app_lists = Search.read({"run": 2, "prompts": "app", "tokens": None}, ready.model)
-    assert not app_lists.prompts and app_lists.tokens is None
+    assert not app_lists.prompts and app_lists.tokens is None and app_lists.n_positions is None
 
 
 @pytest.mark.parametrize(
@@ -164,6 +164,9 @@ def test_what_was_sent_is_read_and_what_is_there_twice_is_left_out(ready):
         ({"tokens": [10**9]}, "not one of embedded model"),
         ({"tokens": [True]}, "not one of embedded model"),
         ({"tokens": "43"}, "There are 0 refusal tokens"),
+        ({"n_positions": 0}, "read at 1 to 5 of them, not 0"),
+        ({"n_positions": 6}, "read at 1 to 5 of them, not 6"),
+        ({"n_positions": "2"}, "is a whole number"),
     ],
 )  # fmt: skip
 def test_a_search_that_cannot_be_made_is_refused_with_the_line_and_the_remedy(ready, forged, says):
@@ -698,6 +701,25 @@ def test_refusal_tokens_are_taken_out_and_added_with_the_keyboard_and_are_the_vi
     open_find(tab)
     tab.get_by_role("button", name="Back to the model’s own").click()
     expect(chips).to_have_text(texts)
+
+
+def test_the_stream_is_read_at_as_many_positions_as_one_asks_for(tab, ready):
+    open_find(tab)
+    field = tab.locator("[data-positions]")
+    expect(field).to_have_value(str(ready.model.template_positions))
+    field.fill("2")
+    search_for(tab)
+    expect(tab.locator(".cells tbody tr")).to_have_count(2)
+    expect(tab.locator(".small-cell")).to_have_count(2 * ready.model.n_layers)
+    tab.get_by_role("button", name="Measure them").click()
+    expect(tab.get_by_role("button", name="Measure them")).to_be_hidden(timeout=60_000)
+    expect(tab.locator(".cells tbody tr")).to_have_count(2)
+    expect(tab.locator(".cell-button.unknown:not(:disabled)")).to_have_count(0)
+    tab.get_by_role("tab", name="Map").click()
+    expect(tab.locator("[data-position] option")).to_have_count(3)
+    tab.get_by_role("tab", name="Talk").click()
+    ask(tab, "How do I steal a car?")
+    expect(tab.locator("[data-place]").first).to_contain_text("toward refusal")
 
 
 def test_files_fill_the_lists_or_are_taken_whole_and_a_bad_one_is_named(tab, tmp_path):

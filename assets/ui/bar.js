@@ -60,7 +60,7 @@ function drawReady(view) {
   if (view.state !== 'ready') return;
   const { model, direction } = view;
   all('[data-class]').forEach((node) => { node.textContent = direction.classes[node.dataset.class]; });
-  find('[data-model]').replaceChildren(make('b', model.name), ` ${model.parameters}, ${model.layers} layers`);
+  find('[data-model]').replaceChildren(make('b', model.name), make('span', ` ${model.parameters}, ${model.layers} layers`, 'wide'));
   find('[data-device]').textContent = [model.device, model.dtype, model.thinking].filter(Boolean).join(', ');
   find('[data-toy]').replaceChildren(
     make('b', 'A toy, not a real model.'),
@@ -72,7 +72,8 @@ function drawReady(view) {
   const chip = find('[data-direction]');
   chip.replaceChildren(
     make('b', `layer ${direction.layer}`),
-    ` of ${model.layers} · position ${signed(direction.position)} `,
+    make('span', ` of ${model.layers}`, 'wide'),
+    ` · position ${signed(direction.position)} `,
     make('code', readable(direction.token)),
     make('span', direction.mark, direction.passed ? 'mark' : 'mark relaxed'),
   );
@@ -285,6 +286,7 @@ all('details').forEach((chip) => chip.addEventListener('toggle', () => {
   sheet.style.translate = '0';
   const beyond = sheet.getBoundingClientRect().right - (document.documentElement.clientWidth - 12);
   if (beyond > 0) sheet.style.translate = `${-beyond}px`; // the sheet stays on the screen wherever its chip is
+  if (chip.open) sheet.querySelector('.small-cell[aria-pressed="true"]')?.scrollIntoView({ block: 'nearest', inline: 'center' });
 }));
 document.addEventListener('click', (click) => {
   all('details[open]').forEach((chip) => { if (!chip.contains(click.target)) chip.open = false; });

@@ -56,7 +56,7 @@ SENT = ("run", "action", "prompt", "example", "cell", *SETTINGS)
 
 SOUGHT = (
     *("run", "prompts", "kind", "first", "second", "first_name", "second_name", "file_name", "file_text"),
-    *("by", "tokens"),
+    *("by", "tokens", "n_positions"),
 )
 """The fields of a search for another direction."""
 
