@@ -250,14 +250,14 @@ class ChatModel:
             weakref.finalize(model, stack.pop_all().close)  # what is on the disk is there as long as the model
         return model
 
-    def load_beside(self, folder: str | Path, *, blocks_on_disk: bool = False) -> "ChatModel":
+    def load_beside(self, folder: str | Path, *, on_disk: bool = False) -> "ChatModel":
         """The checkpoint in `folder`, placed as this model was asked to be; raises ModelError as `load` does.
 
-        With `blocks_on_disk` a model that would be on one device leaves its blocks in their files, and has each in memory
-        only while it computes: as much as there is room for beside this one.
+        With `on_disk` a model that would be on one device leaves its blocks in their files, and has each in memory only
+        while it computes: there is room for that beside this one.
         """
         device: Device = self.placed.device
-        if blocks_on_disk and isinstance(device, torch.device) and device.type != "mps":
+        if on_disk and isinstance(device, torch.device) and device.type != "mps":
             named = {module: name for name, module in self._model.named_modules()}
             device = {"": device, **{named[block]: "disk" for block in self._parts.blocks}}
         return ChatModel.load(folder, device=device, dtype=self.placed.dtype, four_bit=self.placed.four_bit)

@@ -26,7 +26,7 @@ import secrets
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -59,6 +59,9 @@ from refusal_core.weights import (
 Variant = Literal["ablation", "norm-preserving", "projected", "projected-norm-preserving", "addition"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 NEEDS_MEAN: tuple[Variant, ...] = ("projected", "projected-norm-preserving")
+
+PIECE = 2**24
+"""So many numbers of a tensor are changed at a time, in float32."""
 
 N_HELD_OUT = 16
 EXACT = 1e-2
@@ -212,7 +215,7 @@ def export(
     edit, path = Edit(direction, variant, strength, harmless_mean), Path(path)
     with _whole(path) as made:
         n_edited = _write_checkpoint(model, edit, made)
-        edited = model.load_beside(made, blocks_on_disk=True)
+        edited = model.load_beside(made, on_disk=True)
         report = _measure(model, edit, edited, n_edited, path, refusal_tokens)
         (made / "README.md").write_text(_card(model, edit, report), "utf-8")
     return report
@@ -315,10 +318,23 @@ def _write_shard(shard: Path, out: Path, edit: Edit, tied: bool, family: str) ->
             continue
         if tied and EMBEDDING.search(name):
             tensors[UNEMBEDDING] = tensors[name].clone()
-        tensors[name] = changed(tensors[name], r, axis)
+        tensors[name] = _in_pieces(tensors[name], axis, lambda piece, axis=axis: changed(piece, r, axis))
         edited.append(name)
     save_file(tensors, out, metadata=metadata)
     return edited
+
+
+def _in_pieces(
+    w: Float[Tensor, "*shape"], axis: int, change: Callable[[Float[Tensor, "*shape"]], Float[Tensor, "*shape"]]
+) -> Float[Tensor, "*shape"]:
+    """`w` with its vectors along `axis` changed, so many at a time that what is computed with is small beside it."""
+    if w.ndim == 1 or w.numel() <= PIECE:
+        return change(w)
+    across = next(dim for dim in range(w.ndim) if dim != axis % w.ndim)
+    changed, n = torch.empty_like(w), max(1, PIECE * w.shape[across] // w.numel())
+    for piece, new in zip(w.split(n, across), changed.split(n, across), strict=True):
+        new.copy_(change(piece))
+    return changed
 
 
 def _write_addition(model: ChatModel, edit: Edit, shards: Sequence[Path], path: Path) -> int:

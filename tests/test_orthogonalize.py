@@ -368,3 +368,33 @@ def test_a_folder_that_cannot_be_written_is_said_in_a_sentence(model: ChatModel,
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match=r"cannot be written .* name another folder"):
         export(model, direction, tmp_path / "file" / "edited")
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((50, 16), -1), ((16, 50), -2), ((16, 50), 0), ((3, 7, 16), -1), ((3, 16, 7), 1), ((16,), 0)]
+)
+@pytest.mark.parametrize("change", [weights.without, weights.with_norms_kept])
+def test_a_tensor_changed_in_pieces_is_the_one_changed_whole(shape, axis, change, monkeypatch):
+    w, r = torch.randn(shape), torch.nn.functional.normalize(torch.randn(16), dim=0)
+    seen: list[int] = []
+
+    def noted(piece: torch.Tensor) -> torch.Tensor:
+        seen.append(piece.numel())
+        return change(piece, r, axis)
+
+    monkeypatch.setattr(orthogonalize_module, "PIECE", 64)
+    assert_close(orthogonalize_module._in_pieces(w, axis, noted), change(w, r, axis), atol=1e-6, rtol=1e-5)
+    assert sum(seen) == w.numel() and (len(shape) == 1 or len(seen) > 2)
+
+
+def test_what_is_compared_with_the_hooks_is_read_block_by_block_from_its_files(model, direction, tmp_path, monkeypatch):
+    beside, places = ChatModel.load_beside, []
+
+    def noted(self: ChatModel, *args, **how) -> ChatModel:
+        edited = beside(self, *args, **how)
+        places.append(edited.places)
+        return edited
+
+    monkeypatch.setattr(ChatModel, "load_beside", noted)
+    report = export(model, direction, tmp_path / "edited")
+    assert places == ["cpu and disk"] and report.exact
