@@ -1247,13 +1247,14 @@ def test_a_link_has_the_map_the_form_of_measure_the_pair_of_inside_and_the_draft
     other.context.close()
 
 
-def test_of_what_is_too_much_for_a_link_messages_go_first_and_it_can_still_be_read(chromium, tab):
+def test_of_what_is_too_much_for_a_link_the_settings_are_kept(chromium, tab):
+    set_dial(tab, "addition", 0.5)
     tab.locator("[data-prompt]").fill("".join(map(chr, random.Random(0).choices(range(0x4E00, 0x9FA5), k=8000))))
-    ask_again = tab.get_by_role("button", name="Copy link")
-    ask_again.click()
-    expect(tab.locator("#bar [data-note]")).to_contain_text("too much for a link")
+    tab.get_by_role("button", name="Copy link").click()
+    expect(tab.locator("#bar [data-note]")).to_contain_text("What stands in the fields was too much for a link")
     assert len(tab.url) < 8_100
     other, _ = follow(chromium, tab.url)
+    expect(other.locator("[data-box='addition']")).to_have_value("0.50")
     expect(other.locator("[data-prompt]")).to_have_value("")
     expect(other.locator("#bar [data-note]")).to_be_empty()
     other.context.close()
@@ -1655,6 +1656,7 @@ def test_a_finger_is_told_what_a_pointer_is_told_by_hovering(chromium, app):
     tip = tab.locator("[data-tip]")
     expect(tab.locator(".token").first).to_be_visible()
     tab.locator(".cell[data-pane='unchanged'] .token").first.tap()
+    expect(tip).to_be_visible()
     expect(tip).to_contain_text("of the way from the harmless to the harmful mean")
     tab.locator(".said").first.tap()
     expect(tip).to_be_hidden()
