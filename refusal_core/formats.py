@@ -13,6 +13,7 @@ a direction was read: `Source.origin` then names the format, and only width and 
 
 import io
 import json
+import math
 import pickle
 import re
 import struct
@@ -268,11 +269,13 @@ def _scores_in_run(data: bytes, position: int, layer: int) -> str:
     try:
         rows = [row for row in json.loads(data) if (row["position"], row["layer"]) == (position, layer)]
         bypass, induce, kl = (float(rows[0][name]) for name in ("refusal_score", "steering_score", "kl_div_score"))
+        if not all(map(math.isfinite, (bypass, induce, kl))):
+            raise ValueError("a score is not a number")
     except IndexError as error:
         raise DirectionError(
             f"{EVALUATIONS} has no candidate at position {position}, layer {layer}: take the files of one run."
         ) from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, ArithmeticError) as error:
         raise DirectionError(
             f"{EVALUATIONS} is no list of candidates with their scores: leave it out, or take that of the same run."
         ) from error

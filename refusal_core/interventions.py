@@ -180,9 +180,9 @@ class _HeadEdit:
     ) -> tuple[Tensor, ...]:
         """The rows' numbers, W r̂ with zeros for other heads ("row 1 heads_x_d_head"), and −s r̂; the matrix is asked for once."""
         if self._edit is None:
-            w = matrix()
+            w = _wide(matrix())
             units = torch.stack([i.direction.unit for i, _ in self._rows.values()])
-            inputs = (units.to(w.device) @ _wide(w)).unflatten(-1, (n_heads, -1))
+            inputs = (units.to(w) @ w).unflatten(-1, (n_heads, -1))
             chosen = torch.zeros(len(units), n_heads, 1, device=w.device)
             for row, (_, heads) in enumerate(self._rows.values()):
                 chosen[row, heads] = 1

@@ -227,7 +227,7 @@ SumKey = tuple[str, int, int, int]
 
 
 class Sums(dict[SumKey, float]):
-    """What is measured of a candidate, summed over a batch of prompts, by score, number of the batch, position and layer.
+    """What is measured of a candidate, summed over a batch of prompts, by score, name of the batch, position and layer.
 
     Whoever keeps them can go on with a search that was interrupted.
     """
@@ -619,6 +619,7 @@ class _Scorer:
         self._harmful = list(model.batches(val.harmful, BATCH_TOKENS // PARTS))
         self._harmless = list(model.batches(val.harmless, BATCH_TOKENS // PARTS))
         self._base: dict[Batch, Tensor] = {}
+        self._made_from = hashlib.sha256(raw.contiguous().numpy().tobytes() + repr(tuple(tokens)).encode()).hexdigest()
         self._table = {
             (pos, layer): CandidateScore(pos, layer, None, None, None, raw[pos, layer].norm().item())
             for pos in range(-len(raw), 0)
@@ -731,7 +732,8 @@ class _Scorer:
         """
         totals, open_cells, done = dict.fromkeys(cells, 0.0), list(cells), 0
         left = n = _count(self._harmless)
-        for number, batch in enumerate(self._harmless if cells else []):
+        for batch in self._harmless if cells else []:
+            number = self._number(batch)
             base = self._model.run(batch, read=slice(None))
             assert base.resid_pre is not None
             self._base[batch] = base.logits
@@ -754,7 +756,8 @@ class _Scorer:
 
     def _measure_bypass(self, cells: Sequence[CandidateScore]) -> Iterator[Progress]:
         totals, done = dict.fromkeys(cells, 0.0), 0
-        for number, batch in enumerate(self._harmful):
+        for batch in self._harmful:
+            number = self._number(batch)
             left = self._recall(totals, "bypass", number, cells)
             done += (len(cells) - len(left)) * len(batch.index)
             for chunk in _chunks(left, batch):
@@ -767,7 +770,8 @@ class _Scorer:
 
     def _measure_kl(self, cells: Sequence[CandidateScore]) -> Iterator[Progress]:
         totals, done = dict.fromkeys(cells, 0.0), 0
-        for number, batch in enumerate(self._harmless):
+        for batch in self._harmless:
+            number = self._number(batch)
             left = self._recall(totals, "kl", number, cells)
             done += (len(cells) - len(left)) * len(batch.index)
             for chunk in _chunks(left, batch):
@@ -778,6 +782,11 @@ class _Scorer:
                 yield Progress("scoring damage", done, len(cells) * _count(self._harmless))
         for cell, total in totals.items():
             self._set(cell, kl=total / _count(self._harmless))
+
+    def _number(self, batch: Batch) -> int:
+        """Names these prompts, the candidates and the refusal tokens: sums of other ones are not theirs."""
+        named = f"{self._made_from} {batch.ids.tolist()} {batch.mask.tolist()}".encode()
+        return int(hashlib.sha256(named).hexdigest()[:12], 16)
 
     def _recall(
         self, totals: dict[CandidateScore, float], score: str, number: int, cells: Sequence[CandidateScore]

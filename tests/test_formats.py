@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import pickle
 import struct
 import zipfile
@@ -186,6 +187,8 @@ def test_the_scores_of_the_same_run_are_read_with_it_and_those_of_another_are_re
         ("[" * 100_000, "is no list of candidates"),
         (json.dumps([{"position": -2, "layer": 6}]), "is no list of candidates"),
         (json.dumps([rows[1] | {"kl_div_score": "<b>"}]), "is no list of candidates"),
+        (json.dumps([rows[1] | {"kl_div_score": math.nan}]), "is no list of candidates"),
+        (json.dumps([rows[1] | {"refusal_score": 10**400}]), "is no list of candidates"),
     ):
         with pytest.raises(DirectionError, match=says) as caught:
             read_direction(model, files | {EVALUATIONS: data.encode()})

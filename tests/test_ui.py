@@ -1334,7 +1334,7 @@ def test_rates_and_curves_are_measured_with_transcripts_and_files(tab, ready, tm
     assert not serious_faults(tab)
     tab.set_viewport_size(SIZE)
     assert set(tab.locator(".transcripts .tag").all_inner_texts()) == {"refused"}
-    expect(tab.locator("[data-figure='add refusal'] .main-svg").first).to_be_visible(timeout=60_000)
+    expect(tab.locator("[data-figure='add refusal'] .main-svg").first).to_be_visible(timeout=240_000)
     saved = {}
     for name in ("CSV", "JSON", "Markdown", "report"):
         with tab.expect_download() as download:

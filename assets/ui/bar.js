@@ -82,7 +82,7 @@ function drawReady(view) {
 }
 
 /** The candidates as in Find, small: a click takes one. */
-function drawSmallMap({ candidates: { measure, positions, cells }, layer: usedLayer, position: usedPosition }) {
+function drawSmallMap({ candidates: { measure, positions, cells }, layer: usedLayer, position: usedPosition, mark }) {
   const holder = find('[data-small-map]');
   const held = holder.contains(document.activeElement) && document.activeElement.dataset.small;
   const table = make('table');
@@ -95,10 +95,11 @@ function drawSmallMap({ candidates: { measure, positions, cells }, layer: usedLa
     name.append(make('code', readable(token)));
     row.append(name);
     for (const cell of cells.filter((each) => each.position === position)) {
-      const isUsed = cell.layer === usedLayer && position === usedPosition;
+      const isUsed = cell.layer === usedLayer && position === usedPosition && mark !== 'from a file';
       const node = make('button', cell.value === null ? '?' : cell.chosen ? '★' : '', 'small-cell');
       node.type = 'button';
       node.classList.toggle('rejected', cell.rejected);
+      node.disabled = cell.zero;
       node.dataset.small = `${position} ${cell.layer}`;
       node.title = `Layer ${cell.layer}, position ${signed(position)}: ${measure} ${cell.value === null ? 'not measured' : signed(cell.value.toFixed(2))}${cell.rejected ? ', discarded by the rule' : ''}${cell.chosen ? ', the rule’s choice' : ''}`;
       node.setAttribute('aria-label', node.title);
@@ -341,7 +342,7 @@ document.addEventListener('file', ({ detail }) => {
 /** A finger cannot hover: what it taps, or a button that it rests on, says here what its tooltip would. */
 function showTip(event, isHeld) {
   const titled = event.pointerType === 'touch' && event.target.closest('[title]');
-  const isMeant = titled && (isHeld || !titled.closest('button, a, summary, .file'));
+  const isMeant = titled && isHeld === Boolean(titled.closest('button, a, summary, .file')); // of text a finger that rests selects some
   find('[data-tip]').textContent = isMeant ? titled.title : '';
   find('[data-tip]').hidden = !isMeant;
   if (isMeant && isHeld) event.preventDefault();

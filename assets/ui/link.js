@@ -46,13 +46,14 @@ async function through(stream, bytes) {
   return new Uint8Array(await new Response(body).arrayBuffer());
 }
 
-/** The state as the part of an address after “#”; of what is too much for one, messages are left out first, then other texts. */
+/** The state as the part of an address after “#”; of what is too much for one, texts in fields are left out first, then messages. */
 async function packed({ prompts, turns, ...state }) {
   const { draft, inside, ...settings } = state;
   const messages = prompts.length <= MOST_MESSAGES ? [{ said: { ...state, prompts, turns }, left: [] }] : [];
   const many = prompts.length ? [`${prompts.length} of the messages were`] : [];
   const texts = draft || inside ? ['what stands in the fields was'] : [];
-  for (const { said, left } of [...messages, { said: { ...state, prompts: [] }, left: many }, { said: { ...settings, prompts: [] }, left: [...many, ...texts] }]) {
+  const without = messages.map(() => ({ said: { ...settings, prompts, turns }, left: texts }));
+  for (const { said, left } of [...messages, ...without, { said: { ...settings, prompts: [] }, left: [...many, ...texts] }]) {
     const written = new TextEncoder().encode(JSON.stringify({ v: 1, ...said }));
     const bytes = written.length < MOST_STATE ? await through(new CompressionStream('deflate-raw'), written) : [];
     const text = btoa(String.fromCharCode(...bytes)).replaceAll('+', '-').replaceAll('/', '_').replaceAll('=', '');

@@ -333,7 +333,7 @@ document.addEventListener('direction', ({ detail }) => {
 ofLink().then(({ measure: said }) => {
   if (!said) return;
   [find('[data-n]').value, find('[data-length]').value, find('[data-rules]').value] = [said.n, Math.min(said.length, find('[data-length]').max), said.rules];
-  [find('[data-list-of="first"]').value, find('[data-list-of="second"]').value] = said.lists;
+  if (model?.isLocal) [find('[data-list-of="first"]').value, find('[data-list-of="second"]').value] = said.lists; // elsewhere they could not be seen
 });
 document.addEventListener('gather', ({ detail }) => {
   const number = (field) => find(field).valueAsNumber;

@@ -121,6 +121,7 @@ def _candidates_view(ready: Ready) -> dict:
                 "layer": s.layer,
                 "value": getattr(s, measure.lower()),
                 "rejected": s in found.choice.rejected,
+                "zero": found.choice.rejected.get(s) == "zero",
                 "chosen": (s.pos, s.layer) == (chosen.position, chosen.layer),
             }
             for s in sorted(found.scores, key=lambda s: s.layer)
