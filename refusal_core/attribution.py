@@ -259,6 +259,8 @@ def patch_parts(
         scores += torch.cat(base)
         for start, end in _ranges(target, len(numbers)):
             patches = [(part, _done_by(model, clean, part)) for part in numbers[start:end]]
+            if stop is not None and stop.is_set():
+                return
             patched = model.run(target.repeat(len(patches)), patches=patches)
             effect[start:end] += base[0] - refusal_score(patched.logits.cpu(), refusal_tokens)
         yield Progress("patching parts", done + 1, len(pairs))

@@ -491,7 +491,7 @@ class ChatModel:
 
         `read` keeps `resid_pre` at these positions (as the block reads it: after an addition there), of every layer
         or, in rising order, of `read_layers`; `read_writes` what every writer adds there. `start` = (layer, resid_pre) passes over the blocks below `layer`:
-        exact as long as nothing is edited there. `patches` has a writer of each row write something else.
+        exact as long as nothing is edited there. `patches` has a part of each row do something else.
         """
         edits = RowEdits(self.check_rows(rows, len(batch.index)))
         step = _Step(edits, read, start, read_layers, read_writes, patches)

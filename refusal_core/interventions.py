@@ -120,7 +120,7 @@ class RowEdits:
 
     @property
     def ablates(self) -> bool:
-        """Whether any row is edited where the stream is written to."""
+        """Whether any row is edited at a write as a whole: heads are where their matrix is."""
         return bool(self._everywhere or self._ablations)
 
     def at_write(self, x: Float[Tensor, "row pos d_model"], writer: str) -> Float[Tensor, "row pos d_model"]:

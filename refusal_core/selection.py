@@ -250,8 +250,8 @@ class Progress:
 class Found:
     """A found direction with everything it was chosen from.
 
-    `directions` are the raw differences of means (float64). The activations are `resid_pre` at `positions`
-    (−(P+1) … −1), float32, of the prompts that the untouched model treats as expected, or of all where COSMIC or the
+    `directions` are the raw differences of means (float64). The activations are `resid_pre` at `positions`, the ones
+    that were read at and the one before them (−(P+1) … −1 unless fewer were asked for), float32, of the prompts that the untouched model treats as expected, or of all where COSMIC or the
     separation of the classes chose; `counts` says per split and class how many of the drawn prompts those are.
     `refusal_shares` is the mean probability, on harmful training prompts, of each refusal token as the first of the reply.
     """
@@ -733,7 +733,7 @@ class _Scorer:
         totals, open_cells, done = dict.fromkeys(cells, 0.0), list(cells), 0
         left = n = _count(self._harmless)
         for batch in self._harmless if cells else []:
-            number = self._number(batch)
+            number = self._name_of(batch)
             base = self._model.run(batch, read=slice(None))
             assert base.resid_pre is not None
             self._base[batch] = base.logits
@@ -757,7 +757,7 @@ class _Scorer:
     def _measure_bypass(self, cells: Sequence[CandidateScore]) -> Iterator[Progress]:
         totals, done = dict.fromkeys(cells, 0.0), 0
         for batch in self._harmful:
-            number = self._number(batch)
+            number = self._name_of(batch)
             left = self._recall(totals, "bypass", number, cells)
             done += (len(cells) - len(left)) * len(batch.index)
             for chunk in _chunks(left, batch):
@@ -771,7 +771,7 @@ class _Scorer:
     def _measure_kl(self, cells: Sequence[CandidateScore]) -> Iterator[Progress]:
         totals, done = dict.fromkeys(cells, 0.0), 0
         for batch in self._harmless:
-            number = self._number(batch)
+            number = self._name_of(batch)
             left = self._recall(totals, "kl", number, cells)
             done += (len(cells) - len(left)) * len(batch.index)
             for chunk in _chunks(left, batch):
@@ -783,7 +783,7 @@ class _Scorer:
         for cell, total in totals.items():
             self._set(cell, kl=total / _count(self._harmless))
 
-    def _number(self, batch: Batch) -> int:
+    def _name_of(self, batch: Batch) -> int:
         """Names these prompts, the candidates and the refusal tokens: sums of other ones are not theirs."""
         named = f"{self._made_from} {batch.ids.tolist()} {batch.mask.tolist()}".encode()
         return int(hashlib.sha256(named).hexdigest()[:12], 16)

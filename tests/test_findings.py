@@ -20,7 +20,7 @@ from refusal_core.chat_model import ChatModel
 from refusal_core.directions import Direction, DirectionError
 from refusal_core.findings import CACHE_VARIABLE, as_json, find_or_recall, funnel, load_found, save_found
 from refusal_core.prompts import PromptError, load_prompts
-from refusal_core.selection import Found, Progress, choose, find_contrast, find_direction
+from refusal_core.selection import Found, Progress, Sums, choose, find_contrast, find_direction
 
 
 def same(a: Found, b: Found) -> bool:
@@ -164,6 +164,18 @@ def test_an_interrupted_search_goes_on_where_it_was_and_finds_the_same(
     (again,) = find_or_recall(model, load_prompts("train"), load_prompts("val"), complete=complete)
     assert isinstance(again, Found) and again.scores == expected.scores and same(again, expected)
     assert not begun.exists()
+
+
+def test_sums_of_other_prompts_or_tokens_are_not_taken_for_these(model: ChatModel, found: Found):
+    val, kept = load_prompts("val"), Sums()
+    list(find_direction(model, load_prompts("train"), val, refusal_tokens=found.refusal_tokens, sums=kept))
+    for other, tokens in (
+        (replace(val, harmful=val.harmful[1:], harmless=val.harmless[1:]), found.refusal_tokens),
+        (val, found.refusal_tokens[:1]),
+    ):
+        *_, alone = find_direction(model, load_prompts("train"), other, refusal_tokens=tokens)
+        *_, after = find_direction(model, load_prompts("train"), other, refusal_tokens=tokens, sums=Sums(kept))
+        assert isinstance(alone, Found) and isinstance(after, Found) and after.scores == alone.scores
 
 
 def test_searches_that_nobody_finishes_make_room_for_later_ones(tmp_path):

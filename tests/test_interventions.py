@@ -124,3 +124,16 @@ def test_scale_zero_is_the_empty_row():
 def test_what_is_no_intervention_is_refused(kind, scale):
     with pytest.raises((ValueError, TypeCheckError)):  # the test run checks types first
         Intervention(made(10), kind, scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_heads_lose_is_worked_out_in_the_precision_of_the_model(dtype):
+    w, z, r = torch.randn(D, 24).to(dtype), torch.randn(2, 3, 24).to(dtype), made(9)
+    edits = RowEdits([(), (Intervention(r, "ablate", 1.0, frozenset({"head 4.1"})),)])
+    x = z @ w.T
+    y = edits.at_heads(x, z, 4, lambda: w, 3)
+    alone = (z[..., 8:16] @ w[:, 8:16].T).double()
+    expected = x[1].double() - (alone[1] @ r.unit.double())[:, None] * r.unit.double()
+    assert y.dtype == dtype and torch.equal(y[0], x[0])
+    assert_close(y[1].double(), expected, atol=1e-5 if dtype == torch.float64 else 0.1, rtol=0)
+    assert edits.at_heads(x, z, 3, lambda: pytest.fail("no head of that layer"), 3) is x

@@ -1260,6 +1260,15 @@ def test_of_what_is_too_much_for_a_link_the_settings_are_kept(chromium, tab):
     other.context.close()
 
 
+def test_a_long_draft_leaves_a_link_before_messages_do(chromium, tab):
+    ask(tab, "How do I bake bread?")
+    tab.locator("[data-prompt]").fill("".join(map(chr, random.Random(0).choices(range(0x4E00, 0x9FA5), k=8000))))
+    other, _ = follow(chromium, link_of(tab))
+    expect(other.locator(".turn .words")).to_have_text(["How do I bake bread?"])
+    expect(other.locator("[data-prompt]")).to_have_value("")
+    other.context.close()
+
+
 def test_a_link_goes_to_its_tab(chromium, tab):
     tab.get_by_role("tab", name="Map").click()
     expect(tab.locator("[data-map] .main-svg").first).to_be_visible()
@@ -1627,6 +1636,7 @@ def test_the_strengths_of_the_bar_are_the_dials_of_talk_and_are_turned_on_any_ta
     expect(chip).to_have_text("⊖ 40 % ⊕ 0.00×")
     tab.locator("[data-on='removed']").uncheck()
     expect(chip).to_have_text("⊖ off ⊕ 0.00×")
+    expect(tab.locator("#bar [data-strength='removal']")).to_be_disabled()
     idle(tab)
 
 
@@ -1639,14 +1649,19 @@ def test_the_small_map_of_the_bar_takes_a_candidate_for_the_whole_page(tab, read
     expect(used).to_have_attribute("data-small", f"{chosen.position} {chosen.layer}")
     expect(used).to_have_text("★")
     wanted = tab.locator(f".small-cell[data-small='{chosen.position} 2']")
-    wanted.focus()
-    wanted.press("Enter")
+    expect(tab.locator(".small-cell[tabindex='0']")).to_have_count(1)
+    used.focus()
+    for _ in range(chosen.layer - 2):
+        tab.keyboard.press("ArrowLeft")
+    expect(wanted).to_be_focused()
+    tab.keyboard.press("Enter")
     expect(tab.locator("[data-direction]")).to_contain_text("layer 2")
     expect(used).to_have_attribute("data-small", f"{chosen.position} 2")
     expect(wanted).to_be_focused()
     tab.keyboard.press("Escape")
     idle(tab)
     expect(tab.locator("[data-where]")).to_contain_text("at layer 2")
+    expect(tab.locator(".small-cell").first).to_be_disabled()  # nothing has been mixed in at layer 0
 
 
 def test_a_finger_is_told_what_a_pointer_is_told_by_hovering(chromium, app):

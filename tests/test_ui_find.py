@@ -715,6 +715,7 @@ def test_the_stream_is_read_at_as_many_positions_as_one_asks_for(tab, ready):
     expect(tab.get_by_role("button", name="Measure them")).to_be_hidden(timeout=60_000)
     expect(tab.locator(".cells tbody tr")).to_have_count(2)
     expect(tab.locator(".cell-button.unknown:not(:disabled)")).to_have_count(0)
+    expect(tab.locator(".small-cell:not(:disabled)", has_text="?")).to_have_count(0)
     tab.get_by_role("tab", name="Map").click()
     expect(tab.locator("[data-position] option")).to_have_count(3)
     tab.get_by_role("tab", name="Talk").click()

@@ -81,17 +81,23 @@ function drawReady(view) {
   drawSmallMap(direction);
 }
 
+let shownCells = '';
+
 /** The candidates as in Find, small: a click takes one. */
 function drawSmallMap({ candidates: { measure, positions, cells }, layer: usedLayer, position: usedPosition, mark }) {
   const holder = find('[data-small-map]');
+  const shown = JSON.stringify([measure, positions, cells, usedLayer, usedPosition, mark]);
+  if (shownCells === shown) return; // what another model's loading says is no reason to draw it anew
+  shownCells = shown;
   const held = holder.contains(document.activeElement) && document.activeElement.dataset.small;
   const table = make('table');
   const head = table.insertRow();
   const layers = [...new Set(cells.map(({ layer }) => layer))];
-  head.append(make('th', 'layer'), ...layers.map((layer) => make('th', String(layer))));
+  const title = (text, scope) => Object.assign(make('th', text), { scope });
+  head.append(title('layer', 'col'), ...layers.map((layer) => title(String(layer), 'col')));
   for (const { position, token } of positions) {
     const row = table.insertRow();
-    const name = make('th', `${signed(position)} `);
+    const name = title(`${signed(position)} `, 'row');
     name.append(make('code', readable(token)));
     row.append(name);
     for (const cell of cells.filter((each) => each.position === position)) {
@@ -104,14 +110,28 @@ function drawSmallMap({ candidates: { measure, positions, cells }, layer: usedLa
       node.title = `Layer ${cell.layer}, position ${signed(position)}: ${measure} ${cell.value === null ? 'not measured' : signed(cell.value.toFixed(2))}${cell.rejected ? ', discarded by the rule' : ''}${cell.chosen ? ', the rule’s choice' : ''}`;
       node.setAttribute('aria-label', node.title);
       node.setAttribute('aria-pressed', String(isUsed));
+      node.tabIndex = -1;
       if (cell.value !== null) node.style.setProperty('--value', scoreColour(measure, cell.value));
       node.addEventListener('click', () => trigger('restore', { position, layer: cell.layer }));
       row.insertCell().append(node);
     }
   }
   holder.replaceChildren(table);
+  const stop = holder.querySelector('[aria-pressed="true"]') || holder.querySelector('button:not(:disabled)');
+  if (stop) stop.tabIndex = 0; // one stop for the whole map, the arrows go on from there
   if (held) [...holder.querySelectorAll('button')].find((node) => node.dataset.small === held)?.focus();
 }
+
+const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+
+find('[data-small-map]').addEventListener('keydown', (key) => {
+  const cell = key.target.closest('td');
+  if (!STEPS[key.key] || !cell) return;
+  key.preventDefault();
+  const [down, right] = STEPS[key.key];
+  const rows = [...cell.closest('table').rows];
+  rows[cell.parentNode.rowIndex + down]?.cells[cell.cellIndex + right]?.querySelector('button:not(:disabled)')?.focus();
+});
 
 /** The strengths of Talk, which are those of the page. */
 function drawStrengths({ removal, addition }) {
@@ -120,6 +140,7 @@ function drawStrengths({ removal, addition }) {
   find('[data-strengths]').setAttribute('aria-label', `Strengths: removed ${said.removal}, added ${said.addition}`);
   for (const input of all('[data-strength]')) {
     const value = { removal: removal === null ? null : 100 * removal, addition }[input.dataset.strength];
+    input.disabled = value === null; // a pane that is off is switched on in Talk
     if (value !== null) input.value = value;
     input.nextElementSibling.textContent = said[input.dataset.strength];
   }

@@ -285,13 +285,13 @@ class Handlers:
             return
         yield {"table": table, "filled": True, "nonce": time.monotonic_ns()}
 
-    def show_cells(self, visit: Visit) -> dict:
-        """The candidates as they stand."""
+    def show_cells(self, visit: Visit) -> tuple:
+        """Bar and candidates as they stand."""
         try:
             _, ready = self._ready(visit)
         except ModelError as error:
-            return {"error": str(error)}
-        return self._candidates(visit, ready)
+            return gr.skip(), {"error": str(error)}
+        return self._bar(ready), self._candidates(visit, ready)
 
     def search(self, visit: Visit, event: gr.EventData, request: gr.Request) -> Iterator[tuple]:
         """Visit, bar, candidates, map and how far the search is; until something is found only the last changes."""
@@ -590,7 +590,7 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
             nothing_found, None, depths, queue=False, **quiet
         )
         depths.measure(do.measure_writers, visit, depths, **in_line).failure(failed, None, depths, queue=False, **quiet)
-        grid.show(do.show_cells, visit, grid, **past_the_queue)
+        grid.show(do.show_cells, visit, [bar, grid], **past_the_queue)
         found = grid.search(do.search, visit, [visit, bar, grid, atlas, sought], **in_line)
         found.failure(nothing_found, None, sought, queue=False, **quiet)
         grid.cancel(do.cancel("search"), None, None, **past_the_queue)
