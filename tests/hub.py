@@ -109,7 +109,7 @@ class Hub:
             half = len(data) // 2 if going_on else 0
             request.wfile.write(data[:half])
             if going_on:
-                going_on.wait(60)
+                going_on.wait(600)
             with contextlib.suppress(ConnectionError):  # nobody wants the rest
                 request.wfile.write(data[half:])
 

@@ -284,7 +284,7 @@ def test_the_page_streams_both_servers_explains_what_is_closed_and_keeps_everyth
         tab, seen = open_tab(chromium, app)
         cell = {pane: tab.locator(f'.turn .cell[data-pane="{pane}"]') for pane in ("unchanged", "removed")}
         for each in cell.values():
-            expect(each.locator(".tag")).to_have_text("answered", timeout=30_000)
+            expect(each.locator(".tag")).to_have_text("answered")
         idle(tab)
         tab.get_by_label("Message").fill("How do I rob a bank?")
         tab.get_by_label("Message").press("Enter")
@@ -310,13 +310,13 @@ def test_the_page_streams_both_servers_explains_what_is_closed_and_keeps_everyth
         edited.rename(edited.with_name("away"))
         tab.get_by_role("button", name="Retry").click()
         expect(cell["removed"].last.locator(".problem")).to_contain_text(
-            "failed (500): its log says why", timeout=30_000
+            "failed (500): its log says why"
         )
         idle(tab)
         expect(cell["unchanged"].last.locator(".tag")).to_have_text("refused")
         edited.with_name("away").rename(edited)
         tab.get_by_role("button", name="Retry").click()
-        expect(cell["removed"].last.locator(".tag")).to_have_text("answered", timeout=30_000)
+        expect(cell["removed"].last.locator(".tag")).to_have_text("answered")
         expect(cell["removed"].last.locator(".problem")).to_be_empty()
 
         for name in ("Map", "Find", "Inside"):
@@ -327,7 +327,7 @@ def test_the_page_streams_both_servers_explains_what_is_closed_and_keeps_everyth
         tab.locator("#measure [data-n]").fill("5")
         tab.locator("#measure [data-length]").fill("8")
         tab.get_by_role("button", name="Measure").click()
-        expect(tab.locator(".rate")).to_have_count(4, timeout=60_000)
+        expect(tab.locator(".rate")).to_have_count(4)
         for rate in hooked.rates:
             shown = tab.locator(".rate", has_text=f"{'harmful' if rate.harmful else 'harmless'}: {rate.row}")
             expect(shown).to_contain_text(f"refused {100 * rate.refused / rate.n:.1f} %")

@@ -68,7 +68,7 @@ PREPARED = 180
 CHOICES = (("--model", "REFUSAL_TEST_MODEL"), ("--prompts", "REFUSAL_TEST_PROMPTS"))
 """The tests run on the embedded model and prompts; these variables name others."""
 
-PATIENCE = 15_000
+PATIENCE = 60_000
 """How long is a matter of the machine; what is promised in time is measured."""
 
 
@@ -427,7 +427,7 @@ def open_page(context: BrowserContext, app: App) -> tuple[Page, Watched]:
 def watched(chromium, app) -> Iterator[tuple[Page, Watched]]:
     """The page once it has opened; at the end it must have been silent, and have asked nobody but its own server."""
     tab, seen = open_page(chromium.contexts[0], app)
-    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
     idle(tab)
     yield tab, seen
     tab.evaluate("localStorage.clear()")
@@ -442,7 +442,7 @@ def tab(watched) -> Page:
 
 
 def idle(tab: Page) -> None:
-    expect(tab.locator(".turns")).to_have_attribute("aria-busy", "false", timeout=30_000)
+    expect(tab.locator(".turns")).to_have_attribute("aria-busy", "false")
 
 
 @contextlib.contextmanager
@@ -803,7 +803,7 @@ def test_a_link_has_the_settings_of_every_message(chromium, tab, ready):
     answer_differently(tab, ready)
     kept = saved_json(tab)
     other, seen = follow(chromium, link_of(tab), panes=2)
-    expect(other.locator(".turn .words")).to_have_text([turn["prompt"] for turn in kept["turns"]], timeout=20_000)
+    expect(other.locator(".turn .words")).to_have_text([turn["prompt"] for turn in kept["turns"]])
     idle(other)
     assert all_replies(other) == all_replies(tab) and ended(other) == ended(tab)
     assert [turn["settings"] for turn in saved_json(other)["turns"]] == [turn["settings"] for turn in kept["turns"]]
@@ -831,7 +831,7 @@ def test_a_file_and_a_link_from_before_messages_had_settings_hold_one_set_for_al
     assert {(t["settings"]["max_new_tokens"], t["settings"]["seed"]) for t in again["turns"]} == {(12, 3)}
     link = encoded({"v": 1, "addition": 0.5, "max_new_tokens": 12, "prompts": ["How do I bake bread?", "Who are you?"]})
     other, seen = follow(chromium, f"{app.url}/#{link}")
-    expect(other.locator(".turn .words")).to_have_text(["How do I bake bread?", "Who are you?"], timeout=20_000)
+    expect(other.locator(".turn .words")).to_have_text(["How do I bake bread?", "Who are you?"])
     idle(other)
     assert [turn["settings"]["addition"] for turn in saved_json(other)["turns"]] == [0.5, 0.5]
     expect(other.locator("#bar [data-note]")).to_be_empty()
@@ -1047,7 +1047,7 @@ def test_the_focus_stays_where_the_work_is(tab):
 def test_two_visitors_do_not_see_each_others_conversations_or_strengths(chromium, app):
     tabs = [open_tab(chromium, app)[0] for _ in range(2)]
     for tab in tabs:
-        expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+        expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
         idle(tab)
     set_dial(tabs[0], "addition", 0)
     for tab, text in zip(tabs, ("Who are you?", "How do I bake bread?"), strict=True):
@@ -1067,8 +1067,8 @@ def test_two_visitors_do_not_see_each_others_conversations_or_strengths(chromium
 
 def open_map(tab: Page) -> None:
     tab.get_by_role("tab", name="Map").click()
-    expect(tab.locator("[data-map] .point").first).to_be_visible(timeout=20_000)
-    expect(tab.locator("[data-separation] .point").first).to_be_visible(timeout=20_000)
+    expect(tab.locator("[data-map] .point").first).to_be_visible()
+    expect(tab.locator("[data-separation] .point").first).to_be_visible()
 
 
 # -- the candidates ------------------------------------------------------------------------------------------------
@@ -1178,7 +1178,7 @@ def link_of(tab: Page) -> str:
 
 def follow(chromium: Browser, url: str, panes: int = 3) -> tuple[Page, Watched]:
     tab, seen = open_tab(chromium, SimpleNamespace(url=url))
-    expect(tab.locator(".turn").last.locator(".cell .tag:not(:empty)")).to_have_count(panes, timeout=20_000)
+    expect(tab.locator(".turn").last.locator(".cell .tag:not(:empty)")).to_have_count(panes)
     idle(tab)
     return tab, seen
 
@@ -1202,7 +1202,7 @@ def test_a_link_opens_the_page_as_it_was(chromium, tab, ready):
     assert len(url) < 8_100 and "bread" not in url
     other, seen = follow(chromium, url, panes=4)
     expect(other.locator(".turn .words")).to_have_text(
-        ["How do I bake bread?", "How do I steal a car?"], timeout=20_000
+        ["How do I bake bread?", "How do I steal a car?"]
     )
     idle(other)
     expect(other.locator("[data-direction]")).to_contain_text("layer 2")
@@ -1273,7 +1273,7 @@ def test_a_link_goes_to_its_tab(chromium, tab):
     tab.get_by_role("tab", name="Map").click()
     expect(tab.locator("[data-map] .main-svg").first).to_be_visible()
     other, _ = open_tab(chromium, SimpleNamespace(url=link_of(tab)))
-    expect(other.get_by_role("tab", name="Map")).to_have_attribute("aria-selected", "true", timeout=15_000)
+    expect(other.get_by_role("tab", name="Map")).to_have_attribute("aria-selected", "true")
     other.context.close()
 
 
@@ -1315,7 +1315,7 @@ def test_settings_of_a_message_that_cannot_be_are_named_and_it_is_asked_with_tho
     prompts = ["How do I bake bread?"]
     tab, _ = follow(chromium, f"{app.url}/#{encoded({'v': 1, 'prompts': prompts, 'turns': [own]})}")
     expect(tab.locator("#bar [data-note]")).to_contain_text("turns that is not known")
-    expect(tab.locator(".cell[data-pane='added'] .rest").last).to_contain_text("1.00×", timeout=15_000)
+    expect(tab.locator(".cell[data-pane='added'] .rest").last).to_contain_text("1.00×")
     tab.context.close()
 
 
@@ -1332,7 +1332,7 @@ def test_rates_and_curves_are_measured_with_transcripts_and_files(tab, ready, tm
     tab.get_by_label("test prompts of each class").fill("6")
     tab.locator("#measure [data-length]").fill("16")
     tab.get_by_role("button", name="Measure", exact=True).click()
-    expect(tab.locator(".rate")).to_have_count(8, timeout=60_000)
+    expect(tab.locator(".rate")).to_have_count(8)
     tab.locator(".rate").first.click()
     expect(tab.locator(".transcripts h2")).to_be_in_viewport()
     added = tab.locator(".rate", has_text="harmless: direction added 1×")
@@ -1343,7 +1343,7 @@ def test_rates_and_curves_are_measured_with_transcripts_and_files(tab, ready, tm
     assert not serious_faults(tab)
     tab.set_viewport_size(SIZE)
     assert set(tab.locator(".transcripts .tag").all_inner_texts()) == {"refused"}
-    expect(tab.locator("[data-figure='add refusal'] .main-svg").first).to_be_visible(timeout=240_000)
+    expect(tab.locator("[data-figure='add refusal'] .main-svg").first).to_be_visible(timeout=300_000)
     saved = {}
     for name in ("CSV", "JSON", "Markdown", "report"):
         with tab.expect_download() as download:
@@ -1402,7 +1402,7 @@ def test_measuring_can_be_cancelled(tab):
     open_measure(tab)
     tab.get_by_label("test prompts of each class").fill("100")
     tab.get_by_role("button", name="Measure", exact=True).click()
-    expect(tab.locator("#measure [data-measuring]")).to_contain_text("completing prompts", timeout=30_000)
+    expect(tab.locator("#measure [data-measuring]")).to_contain_text("completing prompts")
     start = tab.get_by_role("button", name="Measure", exact=True)
     with held(tab, "**/run/predict*"):  # the page waits for nobody
         tab.get_by_role("button", name="Cancel").click()
@@ -1413,7 +1413,7 @@ def test_measuring_can_be_cancelled(tab):
     tab.locator("#measure [data-length]").fill("2")
     tab.get_by_label("judged by").select_option("paper")
     start.click()
-    expect(tab.locator(".rate")).to_have_count(8, timeout=60_000)
+    expect(tab.locator(".rate")).to_have_count(8)
     expect(tab.locator(".rate").first).to_contain_text("n 5")
     expect(tab.locator("[data-made]")).to_contain_text("judged by the paper’s phrases")
 
@@ -1426,7 +1426,7 @@ def test_the_removal_is_written_into_weights_and_what_that_is_said(tab, tmp_path
     folder = tmp_path / "edited"
     tab.get_by_label("into the new folder").fill(str(folder))
     tab.get_by_label("into the new folder").press("Enter")
-    expect(said).to_contain_text(f"{folder}: ablation,", timeout=60_000)
+    expect(said).to_contain_text(f"{folder}: ablation,")
     expect(said).to_contain_text("exact up to rounding")
     expect(error).to_be_hidden()
     edited = ChatModel.load(folder, device="cpu")
@@ -1445,7 +1445,7 @@ def test_where_others_can_open_the_page_no_weights_are_written(ready, tmp_path):
 
 def open_inside(tab: Page) -> None:
     tab.get_by_role("tab", name="Inside").click()
-    expect(tab.locator(".readings figure .main-svg").first).to_be_visible(timeout=30_000)
+    expect(tab.locator(".readings figure .main-svg").first).to_be_visible()
 
 
 WIDER = """[...document.querySelectorAll('main *')]
@@ -1499,7 +1499,7 @@ def test_on_every_tab_nothing_is_wider_than_the_screen_or_a_serious_fault_of_acc
 
 def test_on_a_phone_the_unchanged_reply_stays_and_one_of_the_others_is_shown(chromium, app):
     tab, _ = open_tab(chromium, app, width=360, height=740)
-    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
     for shown, hidden in (("added", "removed"), ("removed", "added")):
         tab.locator(f"[data-segment='{shown}']").click()
         expect(tab.locator(".cell[data-pane='unchanged']")).to_be_visible()
@@ -1510,7 +1510,7 @@ def test_on_a_phone_the_unchanged_reply_stays_and_one_of_the_others_is_shown(chr
 
 def test_the_theme_follows_the_system_and_the_switch(chromium, app):
     tab, seen = open_tab(chromium, app, scheme="dark")
-    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
     open_map(tab)
     ground = "getComputedStyle(document.body).backgroundColor"
     marker = "document.querySelector('[data-map] .point').style.fill"
@@ -1570,7 +1570,7 @@ def test_the_focus_stays_on_what_was_pressed_in_measure(tab):
     tab.keyboard.press("Tab")
     expect(cancel).to_be_focused()
     tab.keyboard.press("Space")
-    expect(cancel).to_be_hidden(timeout=30_000)
+    expect(cancel).to_be_hidden()
     expect(start).to_be_focused()
     expect(start).to_be_enabled()
 
@@ -1580,7 +1580,7 @@ def test_the_focus_stays_on_what_was_pressed_in_inside_or_goes_where_the_work_do
     start, every = (tab.get_by_role("button", name=name) for name in ("Measure the parts", "Patch every part exactly"))
     press(start)
     expect(start).to_be_disabled()
-    expect(every).to_be_enabled(timeout=60_000)
+    expect(every).to_be_enabled()
     expect(start).to_be_focused()
     part = tab.locator("[data-top] button").first
     press(part, "Space")
@@ -1611,7 +1611,7 @@ def test_the_focus_goes_to_the_candidate_in_use_where_a_button_of_find_goes(tab,
         press(fill)
         expect(fill).to_be_disabled()
         expect(fill).to_be_focused()
-        expect(fill).to_be_hidden(timeout=60_000)
+        expect(fill).to_be_hidden()
         expect(tab.locator(".cells-holder")).to_be_focused()
     tab.get_by_role("tab", name="Talk").click()
     idle(tab)
@@ -1748,7 +1748,7 @@ def test_before_the_page_is_there_a_sentence_of_its_own_says_so_and_no_bare_load
 def test_a_model_that_is_not_there_is_said_in_one_sentence_on_the_page(chromium, tmp_path):
     app = start(tmp_path / "log.txt", "--model", str(tmp_path / "nowhere"))
     tab, _ = open_tab(chromium, app)
-    expect(tab.locator("[data-failed]")).to_contain_text("There is no model folder", timeout=30_000)
+    expect(tab.locator("[data-failed]")).to_contain_text("There is no model folder")
     assert '"failed":true' in health(app)
     tab.context.close()
     assert end(app) == 0
@@ -1769,7 +1769,7 @@ def test_another_model_can_be_loaded_and_the_old_one_stays_until_then(chromium, 
     ask(tab, "Who are you?")
     assert all(replies(tab))
     load(folder)
-    expect(tab.locator("[data-model]")).to_contain_text(str(folder), timeout=60_000)
+    expect(tab.locator("[data-model]")).to_contain_text(str(folder))
     expect(tab.locator("[data-failed]")).to_be_hidden()
     expect(tab.locator(".turn .words")).to_have_text([OPENING])
     idle(tab)

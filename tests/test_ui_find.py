@@ -421,7 +421,7 @@ def test_the_candidates_are_those_of_the_search_and_the_choice_is_marked(tab, re
 def test_a_click_takes_another_direction_everywhere_and_for_this_visitor_only(chromium, app, tab, ready):
     source = ready.found.direction.source
     other, _ = open_tab(chromium, app)
-    expect(other.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+    expect(other.locator(".cell .tag:not(:empty)")).to_have_count(3)
     idle(other)
     before = replies(tab)
     open_find(tab)
@@ -451,9 +451,9 @@ def test_unknown_cells_are_measured_on_demand_and_a_direction_taken_meanwhile_st
     position = ready.found.direction.source.position
     assert tab.locator(".cell-button.unknown:not(:disabled)").count() > 0
     tab.get_by_role("button", name="Measure them").click()
-    expect(tab.locator("[data-filling]")).to_contain_text("scoring", timeout=30_000)
+    expect(tab.locator("[data-filling]")).to_contain_text("scoring")
     take(tab, position, 2)
-    expect(tab.locator(".cell-button.unknown:not(:disabled)")).to_have_count(0, timeout=60_000)
+    expect(tab.locator(".cell-button.unknown:not(:disabled)")).to_have_count(0)
     expect(tab.locator(f"[data-cell='{position} 2'].used")).to_be_visible()
     expect(tab.locator("[data-direction]")).to_contain_text("layer 2")
     expect(tab.get_by_role("button", name="Measure them")).to_be_hidden()
@@ -485,7 +485,7 @@ def broken(tmp_path, few: Path) -> Iterator[App]:
 
 def test_a_failure_nobody_expected_is_said_and_the_button_can_be_pressed_again(chromium, broken):
     tab, _ = open_tab(chromium, broken)
-    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=30_000)
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
     open_find(tab)
     fill = tab.locator("[data-fill]")
     for _ in range(2):
@@ -552,12 +552,12 @@ def choose_lists(tab: Page, first: str, second: str) -> None:
 
 def search_for(tab: Page) -> None:
     tab.get_by_role("button", name="Find", exact=True).click()
-    expect(tab.locator("[data-searching]")).to_contain_text("Found", timeout=60_000)
+    expect(tab.locator("[data-searching]")).to_contain_text("Found")
 
 
 def test_a_direction_is_found_from_own_lists_and_a_failure_loses_nothing(chromium, app, tab, ready):
     other, _ = open_tab(chromium, app)
-    expect(other.locator("[data-direction]")).to_contain_text("passed every rule", timeout=15_000)
+    expect(other.locator("[data-direction]")).to_contain_text("passed every rule")
     before = tab.locator("[data-direction]").inner_text(), tab.locator(".turn .reply").nth(2).inner_text()
     open_find(tab)
     expect(tab.locator("[data-origin]")).to_contain_text("From the app’s prompts: 24 harmful and 24 harmless")
@@ -585,14 +585,14 @@ def test_a_direction_is_found_from_own_lists_and_a_failure_loses_nothing(chromiu
     expect(other.locator("[data-origin]")).to_contain_text("From the app’s prompts")
     other.context.close()
     tab.get_by_role("tab", name="Map").click()
-    expect(tab.locator("[data-map] .point").first).to_be_visible(timeout=20_000)
+    expect(tab.locator("[data-map] .point").first).to_be_visible()
     expect(tab.locator("[data-map] .scatterlayer .trace").first.locator(".point")).to_have_count(
         int(re.search(r"(\d+)(?: of \d+)? harmful", tab.locator("[data-origin]").text_content() or "")[1])
     )
     open_find(tab)
     take(tab, -1, 2)
     tab.get_by_role("button", name="Measure them").click()
-    expect(tab.locator(".cell-button.unknown:not(:disabled)")).to_have_count(0, timeout=60_000)
+    expect(tab.locator(".cell-button.unknown:not(:disabled)")).to_have_count(0)
     expect(tab.locator("[data-cell='-1 2'].used")).to_be_visible()
     tab.get_by_role("button", name="Back to the app’s own").click()
     expect(tab.locator("[data-origin]")).to_contain_text("From the app’s prompts")
@@ -640,7 +640,7 @@ def test_two_other_classes_give_a_direction_that_says_it_is_not_about_refusal(ta
     expect(tab.locator("#map [data-picked]")).to_contain_text("In the composer of Talk, <b>order</b>:")
     for axes in ("along", "turned", "pca"):
         tab.locator("#map [data-axes]").select_option(axes)
-        expect(tab.locator("#map .map-body")).to_have_attribute("aria-busy", "false", timeout=20_000)
+        expect(tab.locator("#map .map-body")).to_have_attribute("aria-busy", "false")
         hover = tab.locator("#map [data-map]").evaluate(
             "node => node.data.map((trace) => trace.hovertext).flat().join()"
         )
@@ -660,7 +660,7 @@ def test_two_other_classes_give_a_direction_that_says_it_is_not_about_refusal(ta
 
 def test_refusal_tokens_are_taken_out_and_added_with_the_keyboard_and_are_the_visitors_own(chromium, app, tab, ready):
     other, _ = open_tab(chromium, app)
-    expect(other.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+    expect(other.locator(".cell .tag:not(:empty)")).to_have_count(3)
     open_find(tab)
     chips = tab.locator(".token-chip code")
     texts = [ready.model.tokenizer.decode([t]) for t in ready.found.refusal_tokens]
@@ -712,7 +712,7 @@ def test_the_stream_is_read_at_as_many_positions_as_one_asks_for(tab, ready):
     expect(tab.locator(".cells tbody tr")).to_have_count(2)
     expect(tab.locator(".small-cell")).to_have_count(2 * ready.model.n_layers)
     tab.get_by_role("button", name="Measure them").click()
-    expect(tab.get_by_role("button", name="Measure them")).to_be_hidden(timeout=60_000)
+    expect(tab.get_by_role("button", name="Measure them")).to_be_hidden()
     expect(tab.locator(".cells tbody tr")).to_have_count(2)
     expect(tab.locator(".cell-button.unknown:not(:disabled)")).to_have_count(0)
     expect(tab.locator(".small-cell:not(:disabled)", has_text="?")).to_have_count(0)
@@ -772,7 +772,7 @@ def test_lists_of_the_hub_are_searched_and_measured_in_the_page(tab):
     expect(tab.locator("#measure [data-error]")).to_contain_text("is a list of one class")
     asked[1].fill("a/mine/good.json#text")
     tab.get_by_role("button", name="Measure", exact=True).click()
-    expect(tab.locator("[data-made]")).to_contain_text("that the direction was found with", timeout=30_000)
+    expect(tab.locator("[data-made]")).to_contain_text("that the direction was found with")
     expect(tab.locator("[data-made]")).to_contain_text(f"prompts: hub:a/mine@{'1' * 40}/bad.json#text (24)")
     tab.get_by_role("button", name="Cancel").click()
 
@@ -785,7 +785,7 @@ def test_a_search_is_cancelled_and_the_direction_in_use_stays(tab):
         requestAnimationFrame(() => document.querySelector('[data-cancel-search]').click()); }"""
     )
     expect(tab.locator("[data-searching]")).to_contain_text(
-        "Cancelled: the direction in use has stayed", timeout=30_000
+        "Cancelled: the direction in use has stayed"
     )
     expect(tab.get_by_role("button", name="Cancel")).to_be_hidden()
     expect(tab.locator("[data-direction]")).to_have_text(before, use_inner_text=True)
@@ -812,7 +812,7 @@ def test_the_message_of_talk_is_shown_token_by_token(tab):
 
 def test_on_a_phone_the_map_opens_at_the_cell_in_use_and_goes_to_the_next_one(chromium, app):
     tab, seen = open_tab(chromium, app, width=360, height=740)
-    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
     open_find(tab)
     whole = """() => { const [used, map] = ['.cell-button.used', '.cells-holder'].map((s) => document.querySelector(s).getBoundingClientRect());
       return used.left >= map.left && used.right <= map.right; }"""
@@ -830,7 +830,7 @@ def test_on_a_phone_the_map_opens_at_the_cell_in_use_and_goes_to_the_next_one(ch
 @pytest.mark.parametrize(("width", "scheme"), [(1366, "dark"), (360, "light")])
 def test_the_form_fits_the_screen_and_has_no_serious_fault_of_accessibility(chromium, app, width, scheme):
     tab, seen = open_tab(chromium, app, width=width, height=860, scheme=scheme)
-    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
     open_find(tab)
     faults = []
     for label in ("a file with both classes", "two lists of my own", "two others"):
@@ -852,6 +852,7 @@ def test_while_a_model_is_fetched_the_one_in_use_answers_and_cancel_ends_it(chro
     hub.repos["somebody/copy"] = Repo({"1" * 40: ORGANISM})
     hub.going_on.clear()
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "300")  # or a slow machine asks again
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     with running(tmp_path / "log.txt", "--prompts", str(few)) as app:
         tab, seen = open_tab(chromium, app)
@@ -879,7 +880,7 @@ def test_while_a_model_is_fetched_the_one_in_use_answers_and_cancel_ends_it(chro
         tab.locator("[data-model]").click()
         tab.locator("#other-model").fill("somebody/copy")
         tab.locator("#other-model").press("Enter")
-        expect(tab.locator("[data-model]")).to_contain_text("somebody/copy", timeout=60_000)
+        expect(tab.locator("[data-model]")).to_contain_text("somebody/copy")
         expect(tab.locator("[data-waiting]")).to_be_hidden()
         assert not seen.faults
         tab.context.close()

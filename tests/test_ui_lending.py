@@ -90,7 +90,7 @@ def space(tmp_path_factory, few: Path, other: Path) -> Iterator[Space]:
 def tab(chromium, space: Space) -> Iterator[Page]:
     page, seen = open_tab(chromium, space.app)
     page.set_extra_http_headers(VISITOR)
-    expect(page.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=30_000)
+    expect(page.locator(".cell .tag:not(:empty)")).to_have_count(3)
     idle(page)
     yield page
     space.lender.refusal = None
@@ -168,7 +168,7 @@ def test_a_direction_is_found_from_own_lists_and_every_cell_measured(space, tab)
     search_for(tab)
     expect(tab.locator("[data-origin]")).to_contain_text("From your lists")
     tab.locator("[data-fill]").click()
-    expect(tab.locator("[data-fill]")).to_be_hidden(timeout=60_000)
+    expect(tab.locator("[data-fill]")).to_be_hidden()
     tab.get_by_role("tab", name="Map").click()
     expect(tab.locator("#map .js-plotly-plot").first).to_be_visible()
     tab.get_by_role("tab", name="Talk").click()
@@ -179,12 +179,12 @@ def test_a_direction_is_found_from_own_lists_and_every_cell_measured(space, tab)
 
 def test_what_lies_inside_and_rates_are_measured(space, tab):
     tab.get_by_role("tab", name="Inside").click()
-    expect(tab.locator("#inside .js-plotly-plot").first).to_be_visible(timeout=30_000)
+    expect(tab.locator("#inside .js-plotly-plot").first).to_be_visible()
     tab.get_by_role("tab", name="Measure").click()
     tab.locator("#measure input[type=number]").first.fill("5")
     tab.locator("#measure [data-length]").fill("8")
     tab.get_by_role("button", name="Measure", exact=True).click()
-    expect(tab.locator("[data-curves-meaning]")).to_contain_text("Means over", timeout=120_000)
+    expect(tab.locator("[data-curves-meaning]")).to_contain_text("Means over", timeout=300_000)
     assert space.page_ran_nothing()
 
 
@@ -235,7 +235,7 @@ def test_a_worker_that_is_older_than_a_model_has_it_too(space, tab, other):
     tab.locator("[data-model]").click()
     tab.get_by_role("button", name=str(other)).click()
     space.loads += 1
-    expect(tab.locator("[data-model]")).to_contain_text(str(other), timeout=60_000)
+    expect(tab.locator("[data-model]")).to_contain_text(str(other))
     for _ in range(5):  # one that still ends what nobody waits for is not free, and then a new one answers
         ask(tab, "Who are you?")
         assert all(replies(tab))

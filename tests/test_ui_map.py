@@ -400,7 +400,7 @@ def test_in_3_d_the_view_is_kept_and_can_be_turned_without_a_mouse_and_no_canvas
 def test_without_webgl_the_page_says_so_and_stays_in_two_dimensions(chromium, app):
     lacking = launch(chromium.browser_type, "--disable-3d-apis")
     tab, seen = open_tab(lacking, app)
-    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
     open_map(tab)
     choose_axes(tab, "along")
     tab.locator("[data-axes]").select_option("turned")
@@ -416,7 +416,7 @@ def test_without_webgl_the_page_says_so_and_stays_in_two_dimensions(chromium, ap
 
 def test_on_a_dark_phone_a_list_and_three_dimensions_fit_and_have_no_serious_fault_of_accessibility(chromium, app):
     tab, seen = open_tab(chromium, app, width=360, height=740, scheme="dark")
-    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
     open_map(tab)
     tab.get_by_label("Search in prompts").fill("a")
     tab.locator("[data-list] button").first.click()
