@@ -36,7 +36,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from refusal_core import checkpoints, placement
-from refusal_core.checkpoints import Checkpoint, ModelError
+from refusal_core.checkpoints import Checkpoint, DoesNotFitError, ModelError
 from refusal_core.decoding import Decoding, Desk, Turns
 from refusal_core.interventions import Intervention, Row, RowEdits, as_row, head_name
 from refusal_core.metrics import CLOSES_THOUGHT, OPENS_THOUGHT
@@ -635,7 +635,7 @@ class ChatModel:
             except RuntimeError as error:
                 if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                     raise
-                raise ModelError(
+                raise DoesNotFitError(
                     f"There is not enough memory beside {self.name} for so much text at once: shorten the prompt, ask for "
                     "less at a time, or take a smaller model."
                 ) from error

@@ -57,6 +57,10 @@ class ModelError(ValueError):
     """A model that cannot be loaded or used; the message says why and what to do."""
 
 
+class DoesNotFitError(ModelError):
+    """A step for which there is not enough memory beside the model; less of it at once may fit."""
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """What a model was judged by. `weights` are its files by name; `missing` bytes of them are still on the hub."""

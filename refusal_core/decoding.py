@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from refusal_core.checkpoints import ModelError
+from refusal_core.checkpoints import DoesNotFitError, ModelError
 from refusal_core.interventions import Row, RowEdits
 
 MOST_ROWS = 128
@@ -44,6 +44,9 @@ PATIENCE = 0.05
 
 OF_KEYS = (DynamicLayer, DynamicSlidingWindowLayer)
 """The caches of keys and values, and nothing else."""
+
+
+FAILED = "A step that this reply shared with others failed, and the log says why: ask again."
 
 
 class StoppedError(Exception):
@@ -181,20 +184,20 @@ class Decoding:
         self.logits: Float[Tensor, "row d_vocab"]
         self.shared, self.logits = desk.begin(ids, mask, rows, stop)
         self.seats = {row: row for row in range(len(rows))}
-        self.failed = False
+        self.failure: ModelError | None = None
         desk.expect(self)
 
     def step(self, tokens: Sequence[int | None]) -> None:
         """Appends one token to each row; `logits` then are those of the token after it.
 
         None is for a row that has ended: it takes part no more, and its logits stay what they were. Raises ModelError
-        if a step that was shared with other replies has failed.
+        if a step that was shared with other replies has failed, a DoesNotFitError if for lack of memory.
         """
         going_on = {row: token for row, token in enumerate(tokens) if token is not None and row in self.seats}
-        if going_on and not self.failed:
+        if going_on and self.failure is None:
             self._desk.step(self, going_on)
-        if self.failed:
-            raise ModelError("A step that this reply shared with others failed, and the log says why: ask again.")
+        if self.failure is not None:
+            raise self.failure
 
     def close(self) -> None:
         """Says that no more tokens will be asked for."""
@@ -320,7 +323,7 @@ class Desk:
         """One step for all of `taken`. If it fails it has failed for each of them: their cache is half written."""
         started = time.monotonic()
         for decoding, tokens in taken.items():
-            decoding.failed = True
+            decoding.failure = ModelError(FAILED)
             if decoding.shared.can_be_cut:
                 decoding.seats = {row: seat for row, seat in decoding.seats.items() if row in tokens}
         try:
@@ -342,7 +345,11 @@ class Desk:
             for decoding, tokens in taken.items():
                 decoding.logits = decoding.logits.clone()
                 decoding.logits[list(tokens)] = logits[[decoding.seats[row] for row in tokens]]
-                decoding.failed = False
+                decoding.failure = None
+        except DoesNotFitError as error:
+            for decoding in taken:
+                decoding.failure = error
+            raise
         finally:
             ended = time.monotonic()
             self._duration = ended - started

@@ -20,6 +20,7 @@ addition leaves the blocks below its layer as they are: its rows restart from on
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -35,8 +35,9 @@ import torch
 from torch import Tensor
 
 from refusal_core.chat_model import PROBES, ChatModel, Conversation, ModelError, Reading
+from refusal_core.checkpoints import DoesNotFitError
 from refusal_core.directions import Direction, random_like
-from refusal_core.generation import Ending, stream_side_by_side
+from refusal_core.generation import Ending, Step, stream_side_by_side
 from refusal_core.interventions import Intervention, Kind, Row
 from refusal_core.metrics import (
     Rules,
@@ -236,18 +237,42 @@ def complete(
 ) -> Iterator[Replies]:
     """The greedy replies to `texts`, a row of interventions each: a batch at a time, by index, with their endings.
 
-    Ends early, without the replies of the batch in hand, when `stop` is set.
+    A batch for which there is not enough memory is begun again with half of its rows, and so are those after it; raises
+    DoesNotFitError where one row is too much. Ends early, without the replies of the batch in hand, when `stop` is set.
     """
-    order = sorted(range(len(texts)), key=lambda i: len(str(texts[i])), reverse=True)
-    for start in range(0, len(order), BATCH):
-        now = order[start : start + BATCH]
-        steps = stream_side_by_side(
-            model, [texts[i] for i in now], [rows[i] for i in now], max_new_tokens=max_new_tokens, stop=stop
-        )
-        last = next(iter(deque(steps, maxlen=1)), None)
+    left, size = deque(sorted(range(len(texts)), key=lambda i: len(str(texts[i])), reverse=True)), BATCH
+    while left:
+        now = list(itertools.islice(left, size))
+        try:
+            last = _last_step(model, [texts[i] for i in now], [rows[i] for i in now], max_new_tokens, stop)
+        except DoesNotFitError:
+            if len(now) == 1:
+                raise
+            size = len(now) // 2
+            continue
         if last is None or "stopped" in last.finished:
             return
         yield {i: (text, ending or "length") for i, text, ending in zip(now, last.texts, last.finished, strict=True)}
+        for _ in now:
+            left.popleft()
+
+
+def _last_step(
+    model: ChatModel,
+    texts: Sequence[Conversation],
+    rows: Sequence[Row | Intervention | None],
+    max_new_tokens: int,
+    stop: threading.Event | None,
+) -> Step | None:
+    """The replies at their end; None if they were stopped before the first. What is cut short for lack of memory is none."""
+    steps = stream_side_by_side(model, texts, rows, max_new_tokens=max_new_tokens, stop=stop)
+    last = next(iter(deque(steps, maxlen=1)), None)
+    if last is not None and "memory" in last.finished:
+        raise DoesNotFitError(
+            f"There is not enough memory beside {model.name} for a reply of {max_new_tokens} tokens: take a smaller model, "
+            "or ask for fewer tokens."
+        )
+    return last
 
 
 @dataclass(frozen=True, eq=False)
@@ -556,7 +581,7 @@ class DoseResponse:
     def flips_at(self) -> float | None:
         """The strength nearest to 0 at which the probability crosses one half, by linear interpolation."""
         crossings = []
-        for (s, p), (t, q) in pairwise(zip(self.scales, self.refusal, strict=True)):
+        for (s, p), (t, q) in itertools.pairwise(zip(self.scales, self.refusal, strict=True)):
             if (p < 0.5) != (q < 0.5):
                 crossings.append(s + (0.5 - p) / (q - p) * (t - s))
         return min(crossings, key=abs, default=None)

@@ -16,11 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from refusal_core.chat_model import ChatModel, Conversation
+from refusal_core.checkpoints import DoesNotFitError
 from refusal_core.decoding import Decoding, StoppedError
 from refusal_core.interventions import Intervention, Row
 
-Ending = Literal["end", "length", "stopped", "filtered"]
-"""By itself, at the longest, by somebody, and by the filter of a server, which then replies instead of the model."""
+Ending = Literal["end", "length", "stopped", "memory", "filtered"]
+"""By itself, at the longest, by somebody, for lack of memory, and by the filter of a server, which then replies instead
+of the model."""
 MAX_NEW_TOKENS = 2048
 
 
@@ -55,6 +57,8 @@ def stream_side_by_side(
     stop: threading.Event | None = None,
 ) -> Iterator[Step]:
     """Yields a `Step` per token until every row has ended, by itself, by length, or because `stop` was set.
+
+    Where the next token does not fit into memory any more, what has been said so far is all.
 
     The model is held for one token at a time, so streams of several users take turns. Raises ValueError for a
     number out of range, PromptError and ModelError as `ChatModel.begin` does, all before the first step.
@@ -106,7 +110,12 @@ def _steps(
         yield Step(index, tuple(added), texts, tuple(finished), decoding.logits)
         if all(finished):
             return
-        decoding.step([None if ending else token for token, ending in zip(added, finished, strict=True)])
+        try:
+            decoding.step([None if ending else token for token, ending in zip(added, finished, strict=True)])
+        except DoesNotFitError:
+            finished = [ending or "memory" for ending in finished]
+            yield Step(index + 1, (None,) * len(finished), texts, tuple(finished), decoding.logits)
+            return
 
 
 def _choose_tokens(logits: Float[Tensor, "row d_vocab"], temperature: float, noise: torch.Generator) -> list[int]:

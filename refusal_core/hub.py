@@ -138,6 +138,7 @@ UNWRITABLE = {
 """What the system says where a file cannot be written."""
 
 INSTEAD = {"model": "give a local folder", "data set": "take the embedded prompts, or a file of your own"}
+OPEN = {"model": "take one that needs none, such as Qwen/Qwen2.5-0.5B-Instruct", "data set": INSTEAD["data set"]}
 
 
 @contextlib.contextmanager
@@ -147,8 +148,9 @@ def answers(name: str, revision: str | None, error: type[ValueError], what: str)
     try:
         yield
     except hub_errors.GatedRepoError as said:
-        other = "" if what == "model" else f"; or {INSTEAD[what]}"
-        raise error(f"{name} needs its licence accepted at {page}, and a login (`hf auth login`){other}.") from said
+        raise error(
+            f"{name} needs its licence accepted at {page}, and a login (`hf auth login`); or {OPEN[what]}."
+        ) from said
     except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError, hub_errors.HFValidationError) as said:
         raise error(f"The hub has no public {what} {name} (revision {revision or 'main'}): check the name.") from said
     except (hub_errors.RevisionResolutionError, httpx2.HTTPError, OSError) as said:

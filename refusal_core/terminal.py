@@ -217,12 +217,14 @@ def _answered(
 ) -> list[list[dict[str, str]]]:
     """The conversations with the message and its replies, as far as they came; as they were if it cannot be read."""
     asked = [[*conversation, {"role": "user", "content": said}] for conversation in conversations]
-    screen, texts = Screen(out), ("",) * len(rows)
+    screen, texts, is_short = Screen(out), ("",) * len(rows), False
     try:
         for step in stream_side_by_side(model, asked, rows, max_new_tokens=max_new_tokens):
-            texts = step.texts
+            texts, is_short = step.texts, "memory" in step.finished
             screen.draw(side_by_side(titles, texts, shutil.get_terminal_size().columns - 1))
         screen.finish()
+        if is_short:
+            print("(shortened: more did not fit into memory)", file=out)
     except PromptError as error:
         print(error, file=out)
         return conversations

@@ -9,7 +9,7 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -173,6 +173,29 @@ def step_together(model: ChatModel, steps: Sequence[tuple[Decoding, list[int | N
     for thread in threads:
         thread.join()
     return errors
+
+
+@contextlib.contextmanager
+def short_of_memory(model: ChatModel, fits: Callable[[int, int], bool]) -> Iterator[None]:
+    """Steps whose rows and positions, those of the cache included, do not fit fail half way, as on a full GPU."""
+    sizes: list[tuple[int, int]] = []
+
+    def look(module, args, kwargs):
+        sizes.append(tuple(kwargs["attention_mask"].shape))
+
+    def fill(module, args):
+        if not fits(*sizes[-1]):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    handles = [
+        model._model.register_forward_pre_hook(look, with_kwargs=True),
+        model._parts.blocks[4].mlp.register_forward_pre_hook(fill),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

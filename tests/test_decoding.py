@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import HARMFUL, HARMLESS, counting_steps, step_together
+from conftest import HARMFUL, HARMLESS, counting_steps, short_of_memory, step_together
 from torch.testing import assert_close
 
 from refusal_core import decoding
 from refusal_core.chat_model import ChatModel, ModelError
+from refusal_core.checkpoints import DoesNotFitError
 from refusal_core.decoding import Turns
 from refusal_core.directions import Direction
 from refusal_core.generation import stream_side_by_side
@@ -141,15 +142,32 @@ def test_rows_that_stay_together_are_copied_in_no_order_of_arrival(model: ChatMo
 
 
 def test_a_step_for_which_there_is_no_memory_is_one_sentence(model: ChatModel, direction: Direction):
-    def fills(module, inputs, output):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    sentence = r"not enough memory beside embedded model .*: shorten the prompt"
+    with short_of_memory(model, lambda rows, length: False), pytest.raises(ModelError, match=sentence):
+        model.begin([HARMFUL])
 
-    handle = model._model.register_forward_hook(fills)
-    try:
-        with pytest.raises(ModelError, match=r"not enough memory beside embedded model .*: shorten the prompt"):
-            model.begin([HARMFUL])
-    finally:
-        handle.remove()
+
+def test_replies_that_outgrow_the_memory_keep_what_they_have_said_and_so_do_those_that_shared_the_step(
+    model: ChatModel, direction: Direction
+):
+    def said(talk: str) -> list[tuple[tuple[str, ...], tuple[str | None, ...]]]:
+        steps = stream_side_by_side(model, [talk] * 3, rows_of(direction), max_new_tokens=30)
+        return [(step.texts, step.finished) for step in steps]
+
+    whole = said(HARMLESS)
+    longest = len(model.render(HARMLESS)) + 5
+    with short_of_memory(model, lambda rows, length: length <= longest):
+        cut = said(HARMLESS)
+        assert said("Hi")[-1][1] != ("memory",) * 3, "what is short enough goes on"
+    assert cut[:6] == whole[:6] and len(cut) == 7
+    texts, finished = cut[-1]
+    assert texts == cut[-2][0]
+    assert finished == tuple(before or "memory" for before in cut[-2][1])
+    with short_of_memory(model, lambda rows, length: rows <= 3):
+        mine, yours = (model.begin([talk] * 3, rows_of(direction)) for talk in TALKS[:2])
+        errors = step_together(model, [(mine, [5, 6, 7]), (yours, [5, 6, 7])])
+    assert [type(e) for e in errors] == [DoesNotFitError] * 2
+    assert said(HARMLESS) == whole, "and nothing is left behind"
 
 
 def test_a_failure_is_told_to_everybody_in_the_step_and_to_nobody_else(model: ChatModel, direction: Direction):

@@ -309,9 +309,7 @@ def test_the_page_streams_both_servers_explains_what_is_closed_and_keeps_everyth
         edited = Path(pair[1].model)
         edited.rename(edited.with_name("away"))
         tab.get_by_role("button", name="Retry").click()
-        expect(cell["removed"].last.locator(".problem")).to_contain_text(
-            "failed (500): its log says why"
-        )
+        expect(cell["removed"].last.locator(".problem")).to_contain_text("failed (500): its log says why")
         idle(tab)
         expect(cell["unchanged"].last.locator(".tag")).to_have_text("refused")
         edited.with_name("away").rename(edited)

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HARMFUL, HARMLESS, Plain, counting_steps, no_room
+from conftest import HARMFUL, HARMLESS, Plain, counting_steps, no_room, short_of_memory
 from families import build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refusal_core import evaluation
 from refusal_core.__main__ import main
 from refusal_core.chat_model import ChatModel, ModelError
+from refusal_core.checkpoints import DoesNotFitError
 from refusal_core.directions import random_like
 from refusal_core.evaluation import (
     ADDITIONS,
@@ -459,6 +460,20 @@ def test_damage_by_strength_is_that_of_each_strength_alone(model: ChatModel, fou
     assert list(damage_curve(model, texts, r, "add", stop=stop)) == []
     with pytest.raises(PromptError, match="there is none"):
         next(damage_curve(model, [], r, "add"))
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_every_reply_is_what_it_is_alone(model: ChatModel, found: Found):
+    texts = [*load_prompts("test").draw(10).harmful, HARMLESS]
+    rows = [(Intervention(found.direction, "ablate"),)] * len(texts)
+    whole = {i: reply for batch in complete(model, texts, rows, max_new_tokens=12) for i, reply in batch.items()}
+    longest = max(len(model.render(text)) for text in texts)
+    with short_of_memory(model, lambda n, length: n * length <= 3 * (longest + 6)):
+        batches = list(complete(model, texts, rows, max_new_tokens=12))
+    assert [len(batch) for batch in batches] == [2] * 5 + [1]
+    assert {i: reply for batch in batches for i, reply in batch.items()} == whole
+    said = "a reply of 12 tokens: take a smaller model, or ask for fewer"
+    with short_of_memory(model, lambda n, length: length < longest + 6), pytest.raises(DoesNotFitError, match=said):
+        list(complete(model, texts, rows, max_new_tokens=12))
 
 
 def test_refusals_by_strength_fall_with_the_direction_and_not_with_random_ones(model: ChatModel, found: Found):

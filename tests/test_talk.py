@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from conftest import short_of_memory
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -134,6 +135,21 @@ def test_a_push_that_is_too_strong_is_named_also_where_its_text_refuses(said, pa
     }
     notice = view([Turn("Hi", replies=replies)], 1)["notice"]
     assert notice.endswith(f"the push is too strong. Try a strength nearer to 0 than {named}.")
+
+
+def test_replies_that_outgrow_the_memory_are_kept_shortened_and_said_to_be(models):
+    ready, _ = models["first"]
+    ask = Ask(1, "ask", MESSAGES[1], max_new_tokens=TOKENS)
+    *_, (whole, _) = talk(ready, (), ask, threading.Event())
+    longest = len(ready.model.render(MESSAGES[1])) + 3
+    with short_of_memory(ready.model, lambda rows, length: length <= longest):
+        *_, (turns, shown) = talk(ready, (), ask, threading.Event())
+    assert shown["notice"] == "This did not fit into memory. Shortened to 4 tokens."
+    assert not shown["error"] and not shown["running"]
+    for pane, reply in turns[-1].replies.items():
+        assert reply.ending == "memory" and reply.ids == whole[-1].replies[pane].ids[:4]
+    *_, (again, shown) = talk(ready, turns, replace(ask, action="again"), threading.Event())
+    assert again[-1].replies == whole[-1].replies and "fit" not in shown["notice"]
 
 
 def test_replies_that_are_stopped_before_their_first_token_are_stopped_at_0_tokens(models):

@@ -1201,9 +1201,7 @@ def test_a_link_opens_the_page_as_it_was(chromium, tab, ready):
     url = link_of(tab)
     assert len(url) < 8_100 and "bread" not in url
     other, seen = follow(chromium, url, panes=4)
-    expect(other.locator(".turn .words")).to_have_text(
-        ["How do I bake bread?", "How do I steal a car?"]
-    )
+    expect(other.locator(".turn .words")).to_have_text(["How do I bake bread?", "How do I steal a car?"])
     idle(other)
     expect(other.locator("[data-direction]")).to_contain_text("layer 2")
     assert replies(other) == replies(tab)
@@ -1247,11 +1245,17 @@ def test_a_link_has_the_map_the_form_of_measure_the_pair_of_inside_and_the_draft
     other.context.close()
 
 
+LONG = "".join(map(chr, random.Random(0).choices(range(0x4E00, 0x9FA5), k=8000)))
+"""Of no pattern, so that no link has room for it."""
+
+
 def test_of_what_is_too_much_for_a_link_the_settings_are_kept(chromium, tab):
     set_dial(tab, "addition", 0.5)
-    tab.locator("[data-prompt]").fill("".join(map(chr, random.Random(0).choices(range(0x4E00, 0x9FA5), k=8000))))
+    tab.locator("[data-prompt]").fill(LONG)
     tab.get_by_role("button", name="Copy link").click()
-    expect(tab.locator("#bar [data-note]")).to_contain_text("What stands in the fields was too much for a link")
+    expect(tab.locator("#bar [data-note]")).to_contain_text(
+        "Too long for a link, and not in it: what stands in the fields."
+    )
     assert len(tab.url) < 8_100
     other, _ = follow(chromium, tab.url)
     expect(other.locator("[data-box='addition']")).to_have_value("0.50")
@@ -1262,10 +1266,29 @@ def test_of_what_is_too_much_for_a_link_the_settings_are_kept(chromium, tab):
 
 def test_a_long_draft_leaves_a_link_before_messages_do(chromium, tab):
     ask(tab, "How do I bake bread?")
-    tab.locator("[data-prompt]").fill("".join(map(chr, random.Random(0).choices(range(0x4E00, 0x9FA5), k=8000))))
+    tab.locator("[data-prompt]").fill(LONG)
     other, _ = follow(chromium, link_of(tab))
     expect(other.locator(".turn .words")).to_have_text(["How do I bake bread?"])
     expect(other.locator("[data-prompt]")).to_have_value("")
+    other.context.close()
+
+
+@pytest.mark.parametrize("prompts", [[f"What is {i}?" for i in range(51)], ["Hi", LONG]])
+def test_messages_that_are_too_much_for_a_link_are_counted_and_everything_else_is_kept(chromium, tab, prompts):
+    """Of a model that reads more than the embedded one does; what is gathered for the link is theirs then."""
+    set_dial(tab, "addition", 0.5)
+    tab.locator("[data-prompt]").fill("What is a volcano?")
+    tab.evaluate(
+        "said => document.addEventListener('gather', ({ detail }) => Object.assign(detail, said))",
+        {"prompts": prompts, "turns": [{}] * len(prompts)},
+    )
+    tab.get_by_role("button", name="Copy link").click()
+    expect(tab.locator("#bar [data-note]")).to_contain_text(f"and not in it: {len(prompts)} messages.")
+    other, seen = follow(chromium, tab.url)
+    expect(other.locator("[data-box='addition']")).to_have_value("0.50")
+    expect(other.locator("[data-prompt]")).to_have_value("What is a volcano?")
+    expect(other.locator(".turn .words")).to_have_text([OPENING])
+    assert not seen.faults
     other.context.close()
 
 

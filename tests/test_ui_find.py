@@ -784,9 +784,7 @@ def test_a_search_is_cancelled_and_the_direction_in_use_stays(tab):
         """() => { document.querySelector('[data-search]').click();
         requestAnimationFrame(() => document.querySelector('[data-cancel-search]').click()); }"""
     )
-    expect(tab.locator("[data-searching]")).to_contain_text(
-        "Cancelled: the direction in use has stayed"
-    )
+    expect(tab.locator("[data-searching]")).to_contain_text("Cancelled: the direction in use has stayed")
     expect(tab.get_by_role("button", name="Cancel")).to_be_hidden()
     expect(tab.locator("[data-direction]")).to_have_text(before, use_inner_text=True)
 
@@ -882,5 +880,13 @@ def test_while_a_model_is_fetched_the_one_in_use_answers_and_cancel_ends_it(chro
         tab.locator("#other-model").press("Enter")
         expect(tab.locator("[data-model]")).to_contain_text("somebody/copy")
         expect(tab.locator("[data-waiting]")).to_be_hidden()
+        hub.repos["somebody/gated"] = Repo({"1" * 40: ORGANISM}, gated=True)
+        tab.locator("[data-model]").click()
+        tab.locator("#other-model").fill("somebody/gated")
+        tab.locator("#other-model").press("Enter")
+        expect(tab.locator("[data-failed]")).to_contain_text("needs its licence accepted at")
+        expect(tab.locator("[data-failed]")).to_contain_text("or take one that needs none, such as Qwen/")
+        expect(tab.locator("[data-failed] a")).to_have_attribute("href", "https://huggingface.co/somebody/gated")
+        expect(tab.locator("[data-model]")).to_contain_text("somebody/copy")
         assert not seen.faults
         tab.context.close()

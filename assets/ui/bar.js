@@ -184,7 +184,7 @@ function draw() {
   if (view.error) closeSheets();
   const failed = find('[data-failed]');
   failed.hidden = !view.error;
-  failed.textContent = view.error;
+  failed.replaceChildren(...withLinks(view.error || ''));
 }
 
 const MOST_BYTES = 6000000;
@@ -255,8 +255,6 @@ function note(said) {
   find('[data-note]').textContent = said.join(' ');
 }
 
-const capital = (text) => text[0].toUpperCase() + text.slice(1);
-
 async function copyLink() {
   const state = {};
   document.dispatchEvent(new CustomEvent('gather', { detail: state }));
@@ -265,7 +263,7 @@ async function copyLink() {
   const here = isSaved || isOwn ? {} : { position, layer };
   const { elsewhere, ...said } = state;
   const { text: hash, left } = await packed({ ...said, ...here, model, tab });
-  const lost = [elsewhere > 0 && 'Messages that were answered with a direction that is no longer in use, and not on the map, are asked with the one in use.', isOwn && 'A direction that you had found is not part of it: save it as a file, and hand that on.', isSaved && !isOwn && 'A direction from a file is not part of it: hand the file on as well.', left.length && `${capital(left.join(' and '))} too much for a link, and not in it.`].filter(Boolean);
+  const lost = [elsewhere > 0 && 'Messages that were answered with a direction that is no longer in use, and not on the map, are asked with the one in use.', isOwn && 'A direction that you had found is not part of it: save it as a file, and hand that on.', isSaved && !isOwn && 'A direction from a file is not part of it: hand the file on as well.', left.length && `Too long for a link, and not in it: ${left.join(', ')}.`].filter(Boolean);
   history.replaceState(null, '', `#${hash}`);
   try {
     await navigator.clipboard.writeText(location.href);

@@ -46,20 +46,20 @@ async function through(stream, bytes) {
   return new Uint8Array(await new Response(body).arrayBuffer());
 }
 
-/** The state as the part of an address after “#”; of what is too much for one, texts in fields are left out first, then messages. */
+/** The state as the part of an address after “#”; of what is too long for one, texts in fields are left out first, then messages. */
 async function packed({ prompts, turns, ...state }) {
   const { draft, inside, ...settings } = state;
-  const messages = prompts.length <= MOST_MESSAGES ? [{ said: { ...state, prompts, turns }, left: [] }] : [];
-  const many = prompts.length ? [`${prompts.length} of the messages were`] : [];
-  const texts = draft || inside ? ['what stands in the fields was'] : [];
-  const without = messages.map(() => ({ said: { ...settings, prompts, turns }, left: texts }));
-  for (const { said, left } of [...messages, ...without, { said: { ...settings, prompts: [] }, left: [...many, ...texts] }]) {
-    const written = new TextEncoder().encode(JSON.stringify({ v: 1, ...said }));
-    const bytes = written.length < MOST_STATE ? await through(new CompressionStream('deflate-raw'), written) : [];
-    const text = btoa(String.fromCharCode(...bytes)).replaceAll('+', '-').replaceAll('/', '_').replaceAll('=', '');
-    if (text && text.length <= MOST_LINK) return { text, left };
+  const withMessages = { said: { prompts, turns }, left: [] };
+  const withoutMessages = { said: { prompts: [] }, left: prompts.length ? [prompts.length === 1 ? 'the message' : `${prompts.length} messages`] : [] };
+  for (const messages of prompts.length <= MOST_MESSAGES ? [withMessages, withoutMessages] : [withoutMessages]) {
+    for (const texts of [{ said: { draft, inside }, left: [] }, { said: {}, left: draft || inside ? ['what stands in the fields'] : [] }]) {
+      const written = new TextEncoder().encode(JSON.stringify({ v: 1, ...settings, ...texts.said, ...messages.said }));
+      const bytes = written.length < MOST_STATE ? await through(new CompressionStream('deflate-raw'), written) : [];
+      const text = btoa(String.fromCharCode(...bytes)).replaceAll('+', '-').replaceAll('/', '_').replaceAll('=', '');
+      if (text && text.length <= MOST_LINK) return { text, left: [...messages.left, ...texts.left] };
+    }
   }
-  return { text: '', left: ['all of it was'] };
+  return { text: '', left: ['all of it'] };
 }
 
 /** What an address says, and what of it cannot be used: such fields are named, left at their defaults, and do no harm. */

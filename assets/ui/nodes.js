@@ -16,6 +16,16 @@ function make(tag, text, className) {
   return node;
 }
 
+/** A sentence as nodes, in which pages of the hub, and nothing else, are links. */
+function withLinks(sentence) {
+  return sentence.split(/(https:\/\/huggingface\.co\/[\w./-]*\w)/).map((part, index) => {
+    if (index % 2 === 0) return part;
+    const link = make('a', part);
+    [link.href, link.target, link.rel] = [part, '_blank', 'noopener noreferrer'];
+    return link;
+  });
+}
+
 /** A token as it can be read: line breaks and spaces are part of it. */
 function readable(token) {
   return token.replace(/\n/g, '⏎').replace(/\t/g, '⇥').replace(/ /g, '␣') || '∅';

@@ -275,7 +275,7 @@ function rest(pane, reply) {
   const tokens = reply.tokens === 1 ? '1 token' : `${reply.tokens} tokens`;
   const end = reply.tokens === null // a server that does not count them
     ? { stopped: 'stopped', length: 'cut at the longest', end: '', filtered: '' }
-    : { stopped: `stopped at ${tokens}`, length: `cut at ${tokens}`, end: tokens, filtered: `cut off at ${tokens}` };
+    : { stopped: `stopped at ${tokens}`, length: `cut at ${tokens}`, memory: `did not fit, cut at ${tokens}`, end: tokens, filtered: `cut off at ${tokens}` };
   return [strength, share, end[reply.ending]].filter(Boolean).join(' · ');
 }
 

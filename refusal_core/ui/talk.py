@@ -515,8 +515,15 @@ def _notice(turn: Turn) -> str:
     """What the replies show taken together, where that needs saying."""
     said = {reply.text for reply in turn.replies.values()}
     changed = [reply for pane, reply in turn.replies.items() if reply.strength and pane != "control"]
-    if changed and len(said) == 1 and not {reply.ending for reply in turn.replies.values()} & {"stopped", "filtered"}:
+    if (
+        changed
+        and len(said) == 1
+        and not {reply.ending for reply in turn.replies.values()} & {"stopped", "memory", "filtered"}
+    ):
         return "All panes answered the same: at these strengths the direction hardly matters for this prompt."
+    if short := [reply for reply in turn.replies.values() if reply.ending == "memory"]:
+        n = max(len(reply.ids) for reply in short)
+        return f"This did not fit into memory. Shortened to {n} token{'s' if n != 1 else ''}."
     ways: tuple[tuple[Pane, str], ...] = (("added", "{:g}×"), ("removed", "{:.0%}"))
     for pane, said in ways:
         reply = turn.replies.get(pane)
