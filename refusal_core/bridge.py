@@ -24,6 +24,9 @@ BLOCK_WRITERS = {"attention": "hook_attn_out", "MLP": "hook_mlp_out"}
 PER_LAYER_INPUT = "post_per_layer_input_norm"
 """The norm through which a block of Gemma 4 writes what it makes of its per-layer embedding of the tokens, if it has one."""
 
+DENSE_NORM, EXPERTS_NORM = "post_feedforward_layernorm_1", "post_feedforward_layernorm_2"
+"""The norms behind the dense MLP and behind the experts in a mixture of Gemma 4, before that of their sum."""
+
 
 @dataclass(frozen=True, eq=False)
 class Parts:
@@ -37,6 +40,16 @@ class Parts:
     embedding_scale: float
     final_norm: torch.nn.Module
     head_outputs: list[Any]
+
+    def norms_behind(self, writer: str, *, of_experts: bool) -> list[torch.nn.Module]:
+        """The norms between the matrices of a block's writer and the stream, in order; a mixture may have one for its
+        experts and one for the dense MLP beside them.
+        """
+        module, (part, layer) = self.writers[writer], writer.split()
+        if any(weight.ndim > 1 for weight in module.parameters()):
+            return []
+        inner = getattr(self.blocks[int(layer)], EXPERTS_NORM if of_experts else DENSE_NORM, None)
+        return [module] if inner is None or part != "MLP" else [inner, module]
 
     def lacks_a_write(self, layer: int) -> bool:
         """Whether TransformerLens names no point for something that this block writes."""

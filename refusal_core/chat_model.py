@@ -583,6 +583,20 @@ class ChatModel:
             said, nothing = head(self._parts.final_norm(both) if final_norm else both).float().cpu()
             return said - nothing
 
+    def gain_behind(self, writer: str, *, of_experts: bool = False) -> Float[Tensor, " d_model"] | None:
+        """What the norms between the matrices of a block's writer and the stream multiply by, number by number; in float32.
+
+        None where no norm stands there. That a norm divides by the root mean square, one number a token, is not in it.
+        """
+        norms = self._parts.norms_behind(writer, of_experts=of_experts)
+        # Its mean is 0 and its root mean square 1: whatever kind of norm it is, what comes out is the gain with these signs.
+        signs = torch.tensor([1.0, -1.0]).repeat(self.d_model // 2 + 1)[: self.d_model]
+        gain = torch.ones(self.d_model)
+        with self._lock, torch.inference_mode(), placement.reading(self.name):
+            for norm in norms:
+                gain = gain * norm(signs[None, None].to(placement.runs_on(norm)))[0, 0].float().cpu() * signs
+        return gain if norms else None
+
     def begin(
         self,
         conversations: Sequence[Conversation],

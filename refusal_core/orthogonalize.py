@@ -10,8 +10,10 @@
 The tensors are the embeddings of tokens and positions, each attention output and each MLP output, each expert's in a
 mixture, and each per-layer embedding's output (Gemma 4). Never the unembedding: where it is tied to the embedding it is
 untied first, or the edit would reach the logits too. A checkpoint is edited tensor by tensor, one shard in memory at a
-time, in float32, and written back in its own precision; to be compared, it is read block by block from its files. "Exactly" is up to the rounding of that precision. Where a norm
-stands after attention or MLP (Gemma 2 to 4, OLMo 2) the weights cannot reproduce the ablation, and the export says so.
+time, in float32, and written back in its own precision; to be compared, it is read block by block from its files.
+"Exactly" is up to the rounding of that precision. Where a norm stands after attention or MLP (Gemma 2 to 4, OLMo 2) the
+edit is made as what comes out of the norm needs it (`weights`): exactly nothing is written along r̂ there either, but the
+norm divides by another number than with hooks, so the weights approximate the ablation, and the export says so.
 
 Every export is measured against the hooks on prompts that the direction has not seen (Arditi et al. 2024, §4.1).
 """
@@ -53,6 +55,7 @@ from refusal_core.weights import (
     mlp_bias,
     with_norms_kept,
     without,
+    writer_of,
     writes_along,
 )
 
@@ -294,7 +297,7 @@ def _write_removal(model: ChatModel, edit: Edit, shards: Sequence[Path], path: P
     tied = model.is_tied and not any(UNEMBEDDING in keys for _, keys in map(_keys, shards))
     edited: list[str] = []
     for shard in shards:
-        edited += _write_shard(shard, path / shard.name, edit, tied, model.family)
+        edited += _write_shard(shard, path / shard.name, edit, tied, model)
     unknown = {name for shard in shards for name in _keys(shard)[1] if FUSED.search(name)} - set(edited)
     if unknown or not covers_every_write(edited, model.n_layers):
         raise ModelError(
@@ -308,17 +311,20 @@ def _write_removal(model: ChatModel, edit: Edit, shards: Sequence[Path], path: P
     return len(edited)
 
 
-def _write_shard(shard: Path, out: Path, edit: Edit, tied: bool, family: str) -> list[str]:
+def _write_shard(shard: Path, out: Path, edit: Edit, tied: bool, model: ChatModel) -> list[str]:
     """Writes one shard with its writers edited; returns their names. A tied unembedding is written out as it was."""
     r, changed = edit.written.unit, with_norms_kept if edit.variant.endswith("norm-preserving") else without
     tensors, metadata = _read(shard)
     edited: list[str] = []
     for name in list(tensors):
-        if (axis := writes_along(name, tensors[name], family=family)) is None:
+        if (axis := writes_along(name, tensors[name], family=model.family)) is None:
             continue
         if tied and EMBEDDING.search(name):
             tensors[UNEMBEDDING] = tensors[name].clone()
-        tensors[name] = _in_pieces(tensors[name], axis, lambda piece, axis=axis: changed(piece, r, axis))
+        writer = writer_of(name)
+        gain = None if writer is None else model.gain_behind(writer, of_experts=bool(FUSED.search(name)))
+        how = functools.partial(changed, r=r, axis=axis, gain=gain)
+        tensors[name] = _in_pieces(tensors[name], axis, how)
         edited.append(name)
     save_file(tensors, out, metadata=metadata)
     return edited

@@ -3,6 +3,14 @@
     W ← W − r̂ r̂ᵀ W,   b ← b − r̂ (r̂·b)      `without`: what is written has nothing along r̂
     w ← ‖w‖ w′ / ‖w′‖,  w′ = w − r̂ (r̂·w)     `with_norms_kept`: neither has this, and each vector w keeps its norm
 
+Where a norm stands between W and the stream (Gemma 2 to 4, OLMo 2) y = g ⊙ Wx / rms(Wx) is written, not Wx. Then
+
+    W ← W − a bᵀ W,  b = g ⊙ r̂,  a ∝ g ⊙ r̂ / (g² + λ),  a·b = 1
+
+is the removal: r̂·y = 0 whatever x is. With λ = 0 it takes nothing but r̂ from y, g ⊙ W′x = (1 − r̂ r̂ᵀ) (g ⊙ Wx), but where g
+is small a is large, and the norm then divides by a much larger rms(W′x); a λ of 1 % of the mean g² costs little of the
+one and much of the other is gone. A plain W − r̂ r̂ᵀ W writes (g ⊙ r̂)·Wx along r̂ all the same.
+
 The vectors w are what is added to the stream at a time: an embedding's rows, and the columns of a matrix (out, in), one
 for each of its inputs. Scaled, such a vector stays orthogonal to r̂; a row of that matrix, of which other tools keep the
 norm, is no vector of the stream, and scaling rows brings the direction back. The idea, and these vectors, are Jim Lai's
@@ -29,19 +37,34 @@ FUSED_AXIS = {"gpt_oss": -1, "gemma4": -2, "gemma4_text": -2}
 """The axis on which such a tensor writes, by family: its layout says nothing of it. Of no other family is it known."""
 OTHER_TOWER = re.compile(r"vision|visual|image|audio")
 UNEMBEDDING = "lm_head.weight"
+DAMPING = 1e-2
+"""λ by the mean square of a norm's gains."""
 NOTHING_LEFT = 1e-4
 """A vector of which the direction was all but this share has no other part to be scaled up: that would be rounding."""
 
 
-def without(w: Float[Tensor, "..."], r: Float[Tensor, " d_model"], axis: int) -> Float[Tensor, "..."]:
-    """`w` without its part along r̂ on `axis`, computed in float32 and returned in its own precision."""
+def without(
+    w: Float[Tensor, "..."], r: Float[Tensor, " d_model"], axis: int, gain: Float[Tensor, " d_model"] | None = None
+) -> Float[Tensor, "..."]:
+    """`w` without its part along r̂ on `axis`, computed in float32 and returned in its own precision.
+
+    `gain` is what a norm behind it multiplies by: it is what comes out of that which has no part along r̂ then.
+    """
     wide = w.float().movedim(axis, -1)
-    return (wide - (wide @ r)[..., None] * r).movedim(-1, axis).to(w.dtype).contiguous()
+    if gain is None:
+        read, write = r, r
+    else:
+        read = gain * r
+        write = read / (gain.square() + DAMPING * gain.square().mean())
+        write = write / (read @ write)
+    return (wide - (wide @ read)[..., None] * write).movedim(-1, axis).to(w.dtype).contiguous()
 
 
-def with_norms_kept(w: Float[Tensor, "..."], r: Float[Tensor, " d_model"], axis: int) -> Float[Tensor, "..."]:
+def with_norms_kept(
+    w: Float[Tensor, "..."], r: Float[Tensor, " d_model"], axis: int, gain: Float[Tensor, " d_model"] | None = None
+) -> Float[Tensor, "..."]:
     """As `without`, each vector on `axis` scaled back to the norm it had; one along r̂ alone is gone all the same."""
-    rest = without(w.float(), r, axis)
+    rest = without(w.float(), r, axis, gain)
     before, after = (x.norm(dim=axis, keepdim=True) for x in (w.float(), rest))
     return torch.where(after > NOTHING_LEFT * before, rest * (before / after), rest).to(w.dtype)
 
@@ -60,6 +83,15 @@ def writes_along(name: str, w: Tensor, *, family: str = "") -> int | None:
         return 0
     # A linear layer keeps (out, in), GPT-2's Conv1D (in, out); by shape the square ones cannot be told apart.
     return -1 if family == "gpt2" else -2
+
+
+def writer_of(name: str) -> str | None:
+    """The writer that a tensor of a block is a part of, as `ChatModel.writers` has it; None for one outside the blocks."""
+    layer = re.search(r"\.(\d+)\.", name)
+    if layer is None:
+        return None
+    part = "PLE" if PER_LAYER_INPUT.search(name) else "attention" if re.search("attn|attention", name) else "MLP"
+    return f"{part} {layer[1]}"
 
 
 def covers_every_write(edited: Sequence[str], n_layers: int) -> bool:

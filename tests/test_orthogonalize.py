@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -151,7 +152,7 @@ def test_where_no_token_begins_a_refusal_the_report_and_the_card_say_so_instead_
 
 
 MOST_APART = 1.0
-"""How far logits of the approximation may lie from the hooks' on these checkpoints; at most 0.6 was measured."""
+"""How far logits of the approximation may lie from the hooks' on these checkpoints; at most 0.5 was measured."""
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -164,8 +165,7 @@ def test_in_every_family_the_weights_are_the_hooks_or_say_that_they_approximate_
     (batch,) = edited.batches([HARMFUL])
     written = edited.run(batch, read_writes=range(-4, 0)).writes
     assert written is not None
-    if not is_approximate(name):
-        assert (written @ direction.unit).abs().max() < 1e-4 * written.norm(dim=-1).max(), "nothing is written along it"
+    assert (written @ direction.unit).abs().max() < 1e-4 * written.norm(dim=-1).max(), "nothing is written along it"
     hooks, plain = (model.logits(PROMPTS, [row] * len(PROMPTS)) for row in (Intervention(direction, "ablate"), None))
     apart = (edited.logits(PROMPTS) - hooks).abs().max()
     assert apart < (MOST_APART if is_approximate(name) else 1e-3) and apart < (plain - hooks).abs().max()
@@ -181,10 +181,42 @@ def test_where_norms_stand_after_the_writers_every_matrix_is_edited_and_the_expo
     writers = [name for name in before if not torch.equal(before[name], after[name])]
     assert len(writers) == len(model.writers)
     for name in writers:
-        along = after[name] @ direction.unit if "embed_tokens" in name else direction.unit @ after[name]
-        assert along.abs().max() < 1e-5, name
+        sizes = torch.linalg.svdvals(before[name] - after[name])
+        assert sizes[1] < 1e-4 * sizes[0], f"{name}: one direction of what it writes, and nothing else"
     with pytest.raises(ModelError, match="write without a bias"):
         export(model, direction, tmp_path / "added", variant="addition")
+
+
+@pytest.mark.parametrize(
+    "name", ["Gemma 2", "OLMo 2", "GLM 4", "Gemma 4 MoE, text", "Gemma 4 with per-layer embeddings"]
+)
+def test_a_norm_of_uneven_gains_writes_nothing_along_the_direction_and_lies_nearer_to_the_hooks_than_a_plain_edit(
+    name, tmp_path, monkeypatch
+):
+    """As they are in real checkpoints; some are 0."""
+    file = build(name, tmp_path / "model") / "model.safetensors"
+    tensors, scale = load_file(file), torch.Generator().manual_seed(1)
+    norms = [n for n in tensors if re.search(r"\.post_\w*norm\w*\.weight$", n) and "vision" not in n]
+    for norm in norms:
+        one = 1.0 if name == "Gemma 2" else 0.0  # which it adds to the weight
+        gains = (one + tensors[norm]) * (0.5 * torch.randn(tensors[norm].shape, generator=scale)).exp()
+        gains[:2] = 0
+        tensors[norm] = gains - one
+    save_file(tensors, file, {"format": "pt"})
+    model = ChatModel.load(tmp_path / "model", device="cpu", dtype=torch.float32)
+    direction = some_direction(model)
+    hooks = model.logits(PROMPTS, [Intervention(direction, "ablate")] * len(PROMPTS))
+    (batch,) = model.batches([HARMFUL])
+    apart, along = [], []
+    for _ in ("as the norm needs it", "plain"):
+        edited = orthogonalize(model, direction)
+        apart.append((edited.logits(PROMPTS) - hooks).abs().mean().item())
+        written = edited.run(batch, read_writes=range(-4, 0)).writes
+        assert written is not None
+        along.append(((written @ direction.unit).abs().max() / written.norm(dim=-1).max()).item())
+        monkeypatch.setattr(ChatModel, "gain_behind", lambda *which, **how: None)
+    assert norms and along[0] < 1e-5 < 1e-2 < along[1], along
+    assert apart[0] < 0.8 * apart[1], apart
 
 
 def test_experts_in_one_tensor_of_unknown_layout_are_refused_with_the_remedy(tmp_path, monkeypatch):
@@ -231,8 +263,12 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(model: ChatModel,
 def tiny(name: str, folder: Path, layer: int = 2) -> tuple[ChatModel, Direction]:
     """A small random model of a family, and a direction of it."""
     model = ChatModel.load(build(name, folder), device="cpu", dtype=torch.float32)
+    return model, some_direction(model, layer)
+
+
+def some_direction(model: ChatModel, layer: int = 2) -> Direction:
     r = torch.randn(model.d_model, generator=torch.Generator().manual_seed(1))
-    return model, Direction.from_difference(3 * r, Source(model.name, fingerprint=model.fingerprint, layer=layer))
+    return Direction.from_difference(3 * r, Source(model.name, fingerprint=model.fingerprint, layer=layer))
 
 
 def test_a_projected_export_that_keeps_norms_is_what_its_report_and_card_say(model, found: Found, tmp_path):

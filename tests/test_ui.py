@@ -1801,7 +1801,7 @@ def test_another_model_can_be_loaded_and_the_old_one_stays_until_then(chromium, 
     expect(tab.locator("[data-demo]")).to_be_hidden()
     expect(tab.locator("[data-model]")).to_be_focused()
     expect(other.locator("[data-model]")).not_to_contain_text(str(folder))
-    expect(other.locator("[data-demo]")).to_be_hidden()  # it is of models that are no toys
+    expect(other.locator("[data-demo]")).to_be_hidden()  # here, of models that are no toys
     other.context.close()
     tab.locator("[data-model]").click()
     tab.get_by_role("button", name="embedded model").click()
@@ -1906,6 +1906,9 @@ def test_on_a_space_the_list_is_fixed_replies_are_short_and_the_program_ends_whi
     tab, seen = open_tab(chromium, app)
     expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=PREPARED * 1000)
     idle(tab)
+    expect(tab.locator("[data-demo]")).to_contain_text("A research demo")
+    tab.get_by_role("button", name="Understood").click()
+    expect(tab.locator("[data-demo]")).to_be_hidden()
     tab.locator("[data-model]").click()
     expect(tab.locator(".model-button").first).to_have_text("embedded model")
     assert str(ROOT) not in tab.locator("body").inner_text()

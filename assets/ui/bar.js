@@ -55,7 +55,7 @@ function drawReady(view) {
   find('.facts').hidden = view.state === 'waiting';
   all('[data-ready]').forEach((node) => { node.hidden = view.state !== 'ready'; });
   find('[data-toy]').hidden = !(view.state === 'ready' && view.model.organism);
-  find('[data-demo]').hidden = view.state !== 'ready' || view.model.organism || kept('demo') === 'seen';
+  find('[data-demo]').hidden = view.state !== 'ready' || (view.model.organism && view.any_model) || kept('demo') === 'seen';
   find('[data-meaning-of]').hidden = true;
   if (view.state !== 'ready') return;
   const { model, direction } = view;
