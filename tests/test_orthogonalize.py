@@ -151,7 +151,7 @@ def test_where_no_token_begins_a_refusal_the_report_and_the_card_say_so_instead_
     assert report.refusal in (tmp_path / "edited" / "README.md").read_text()
 
 
-MOST_APART = 1.0
+MOST_APART = 0.6
 """How far logits of the approximation may lie from the hooks' on these checkpoints; at most 0.5 was measured."""
 
 
