@@ -890,3 +890,28 @@ def test_while_a_model_is_fetched_the_one_in_use_answers_and_cancel_ends_it(chro
         expect(tab.locator("[data-model]")).to_contain_text("somebody/copy")
         assert not seen.faults
         tab.context.close()
+
+
+def test_the_first_load_is_cancelled_and_begun_again_from_the_list(chromium, hub, few, tmp_path, monkeypatch):
+    hub.repos["somebody/copy"] = Repo({"1" * 40: ORGANISM})
+    hub.going_on.clear()
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "300")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    app = start(tmp_path / "log.txt", "--model", "somebody/copy", "--prompts", str(few))
+    tab, seen = open_tab(chromium, app)
+    expect(tab.locator("[data-stage]")).to_contain_text("downloading MB, 0 of")
+    tab.locator("[data-cancel-load]").click()
+    expect(tab.locator("[data-failed]")).to_contain_text("The loading was ended: load the model again.")
+    expect(tab.locator("[data-waiting]")).to_be_hidden()
+    expect(tab.locator("[data-model]")).to_be_focused()
+    hub.going_on.set()
+    tab.locator("[data-model]").click()
+    tab.get_by_role("button", name="somebody/copy").click()
+    expect(tab.locator("[data-model]")).to_contain_text("somebody/copy 4.5 M")
+    expect(tab.locator("[data-failed]")).to_be_hidden()
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
+    idle(tab)
+    assert not seen.faults
+    tab.context.close()
+    assert end(app) == 0

@@ -5,10 +5,11 @@ function signed(value) {
   return String(value).replace('-', '−');
 }
 
-function drawWaiting({ waiting, state }) {
-  if (!waiting || state !== 'ready') handOn([find('[data-cancel-load]')], find('[data-model]'));
+function drawWaiting({ waiting, state, any_model: isLocal }) {
+  find('.facts').hidden = state === 'waiting';
+  if (!waiting) handOn([find('[data-cancel-load]')], find('[data-model]'));
   find('[data-waiting]').hidden = !waiting;
-  find('[data-cancel-load]').hidden = state !== 'ready'; // without a model in use there is nothing to go back to
+  find('[data-cancel-load]').hidden = state === 'waiting' && !isLocal; // others wait for it as well
   if (!waiting) return;
   const count = waiting.total ? `, ${waiting.done} of ${waiting.total}` : '';
   find('[data-stage]').textContent = `${waiting.stage}${count}`;
@@ -52,7 +53,6 @@ function load(model) {
 }
 
 function drawReady(view) {
-  find('.facts').hidden = view.state === 'waiting';
   all('[data-ready]').forEach((node) => { node.hidden = view.state !== 'ready'; });
   find('[data-toy]').hidden = !(view.state === 'ready' && view.model.organism);
   find('[data-demo]').hidden = view.state !== 'ready' || (view.model.organism && view.any_model) || kept('demo') === 'seen';

@@ -5,11 +5,12 @@ The page is up while the model loads: `Engine.status` says how far that is, and 
 
 import contextlib
 import contextvars
+import functools
 import hashlib
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -182,20 +183,28 @@ class Engine:
         return self._status
 
     def start(self) -> None:
-        """Prepares model and direction in a thread of its own, on behalf of the visitor who asks for it, if there is one."""
-        context = contextvars.copy_context()
-        self.thread = threading.Thread(target=context.run, args=(self._prepare,), name="engine", daemon=True)
+        """Prepares model and direction in a thread of its own, on behalf of the visitor who asks for it, if there is one.
+
+        Anew, if that was ended or has failed before.
+        """
+        self._closing = threading.Event()
+        self._say(Progress("loading the model", 0, 0))
+        task, context = functools.partial(self._prepare, self._closing), contextvars.copy_context()
+        self.thread = threading.Thread(target=context.run, args=(task,), name="engine", daemon=True)
         self.thread.start()
 
     def close(self) -> None:
-        """Ends the preparation at its next step."""
+        """Ends the preparation at its next step; nobody waits for it any more."""
         self._closing.set()
+        if isinstance(self._status, Progress):
+            self._say(Failed(ENDED))
 
     def changes(self, patience: float = 0.3) -> Iterator[Status]:
         """The status now and whenever it has changed, at most every `patience` seconds, until it is final."""
         status = self._status
         yield status
-        while isinstance(status, Progress) and not self._closing.wait(patience):
+        while isinstance(status, Progress):
+            self._closing.wait(patience)
             with self._news:
                 self._news.wait_for(lambda seen=status: self._status is not seen, timeout=patience)
             if self._status is not status:
@@ -267,43 +276,40 @@ class Engine:
                 else:
                     yield news
 
-    def _prepare(self) -> None:
+    def _prepare(self, closing: threading.Event) -> None:
+        def say(status: Status) -> None:
+            if not closing.is_set():  # or another preparation may have begun
+                self._say(status)
+
         status: Status = Failed("The model could not be prepared: the log of the program says why.")
         try:
             if self.pair is not None:
                 status = self._ask(self.pair)
                 return
-            with self._loading.joined(self._closing) as waits:
+            with self._loading.joined(closing) as waits:
                 for place in waits:
-                    self._say(place)
-                self._say(Progress("loading the model", 0, 0))
-                model = None if self._closing.is_set() else load(self._path, follow=self._fetched, **self.placed)
+                    say(place)
+                say(Progress("loading the model", 0, 0))
+                follow = functools.partial(_fetched, say, closing)
+                model = None if closing.is_set() else load(self._path, follow=follow, **self.placed)
             if model is not None:
-                status = self._find(model)
+                status = self._find(model, say, closing)
         except (ModelError, PromptError, DirectionError) as error:
             status = Failed(str(error))
         finally:
             # Also after an error nobody expected: it goes on to the log, and the page stops waiting.
-            self._say(status)
+            say(status)
 
-    def _fetched(self, done: int, total: int) -> None:
-        if self._closing.is_set():
-            raise ModelError(ENDED)
-        if done < total:
-            self._say(Progress("downloading MB", done // 10**6, total // 10**6))
-        else:
-            self._say(Progress("loading the model", 0, 0))
-
-    def _find(self, model: ChatModel) -> Status:
+    def _find(self, model: ChatModel, say: Callable[[Status], None], closing: threading.Event) -> Status:
         if is_public(self.prompts):
-            self._say(Progress("fetching the prompts", 0, 0))
+            say(Progress("fetching the prompts", 0, 0))
         self.prompts = pinned(self.prompts)
         train, val = load_prompts("train", self.prompts), load_prompts("val", self.prompts)
-        for news in on_gpu(find_or_recall, model, train, val, model=model, seconds=SEARCH, stop=self._closing):
+        for news in on_gpu(find_or_recall, model, train, val, model=model, seconds=SEARCH, stop=closing):
             if isinstance(news, Found):
                 examples = load_prompts("test", self.prompts)
                 return Ready(model, news, news.direction, examples, self.is_organism)
-            self._say(news)
+            say(news)
         return Failed(ENDED)
 
     def _ask(self, pair: tuple[Endpoint, Endpoint]) -> Status:
@@ -319,6 +325,15 @@ class Engine:
         with self._news:
             self._status = status
             self._news.notify_all()
+
+
+def _fetched(say: Callable[[Status], None], closing: threading.Event, done: int, total: int) -> None:
+    if closing.is_set():
+        raise ModelError(ENDED)
+    if done < total:
+        say(Progress("downloading MB", done // 10**6, total // 10**6))
+    else:
+        say(Progress("loading the model", 0, 0))
 
 
 class Engines:
@@ -350,6 +365,10 @@ class Engines:
         """The engine of a model, on its way if it is new; raises ModelError for one that may not be loaded here."""
         name = name.strip()
         if name == self._first.name:
+            with self._lock:
+                self._first.wanted += 1
+                if isinstance(self._first.status, Failed):
+                    self._first.start()
             return self._first
         if not name or (not self.any_model and name not in self.offered):
             raise ModelError(f"{name[:80] or 'No name'} cannot be loaded here: take one of {', '.join(self.offered)}.")
@@ -371,10 +390,14 @@ class Engines:
             return engine
 
     def give_up(self, engine: Engine) -> None:
-        """Says that one of those who asked for a model no longer waits for it: without any other it is not loaded to its end."""
+        """Says that one of those who asked for a model no longer waits for it: without any other it is not loaded to its end.
+
+        The first, which nobody who opens the page had to ask for, is where others can open it.
+        """
         with self._lock:
-            engine.wanted -= 1
-            if engine.wanted > 0 or engine is self._first or not isinstance(engine.status, Progress):
+            engine.wanted = max(0, engine.wanted - 1)
+            for_all = engine is self._first and not self.any_model
+            if engine.wanted or for_all or not isinstance(engine.status, Progress):
                 return
             self._others = {name: other for name, other in self._others.items() if other is not engine}
         engine.close()

@@ -158,16 +158,18 @@ class Handlers:
             yield *(gr.skip(),) * 4, map_view(engine, status), find_view(status, status.found)
         else:
             self._engines.forget(engine)
-            sentence = status.sentence if isinstance(status, Failed) else ENDED
-            yield only_bar(error=sentence)
+            yield only_bar(error=status.sentence if isinstance(status, Failed) else ENDED)
 
     def end_failed_load(self) -> dict:
         """What the bar says of a load that failed as nobody expected."""
         return loading_view(error=FAILURE)
 
     def cancel_load(self, visit: Visit, request: gr.Request) -> dict:
-        """The bar of the model in use; what is being loaded goes on if others wait for it."""
-        self._end_load(str(request.session_hash))
+        """The bar of the model in use, or of none before there is one; what is being loaded goes on if others wait for it."""
+        session = str(request.session_hash)
+        if session not in self._loading and isinstance(self._in_use(visit), Progress):
+            self._engines.give_up(self._engines.of(visit.model))
+        self._end_load(session)
         return self._bar(self._in_use(visit)) | SETTLED
 
     def answer(
