@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import random
+import re
 import shutil
 import signal
 import socket
@@ -299,6 +300,8 @@ def test_a_view_says_when_the_panes_do_not_differ():
     assert "answered the same" in view([Turn("Hi", same)], 1)["notice"]
     other = same | {"added": Reply("No.", (1, 2), "end", strength=1.0)}
     assert not view([Turn("Hi", other)], 1)["notice"]
+    short = {pane: replace(reply, ending="memory") for pane, reply in same.items()}
+    assert view([Turn("Hi", short)], 1)["notice"] == "This did not fit into memory. Shortened to 2 tokens."
 
 
 # -- the program and the browser -----------------------------------------------------------------------------------
@@ -603,7 +606,9 @@ def type_message(tab: Page, text: str) -> list[str]:
 def test_what_is_foretold_while_typing_is_what_the_replies_then_start_with(tab, text):
     foretold = type_message(tab, text)
     expect(tab.locator(".turn")).to_have_count(0)
-    expect(tab.locator(".composer [data-place]")).to_contain_text("further toward refusal than")
+    expect(tab.locator(".composer [data-place]")).to_have_text(
+        re.compile(r"further toward refusal than (\d+ of the 128 harmless|every harmful) prompt")
+    )
     ask(tab, text)
     readings = tab.locator(".turn").last.locator(".reading").filter(visible=True).all_inner_texts()
     assert foretold == [said.removeprefix("starts like a refusal ") for said in readings]
@@ -1640,6 +1645,20 @@ def test_the_focus_goes_to_the_candidate_in_use_where_a_button_of_find_goes(tab,
     idle(tab)
 
 
+def test_the_keys_of_the_dials_and_of_the_message_work_on_every_tab(tab):
+    tab.get_by_role("tab", name="Map").click()
+    expect(tab.locator("[data-layer]")).to_be_visible()
+    for key, strength in ((".", "1.05"), (",", "1.00"), ("0", "0.00"), ("0", "1.00")):
+        tab.keyboard.press(key)
+        expect(tab.locator("[data-strengths]")).to_contain_text(f"⊕ {strength}×")
+    tab.locator("[data-layer]").press("?")
+    expect(tab.get_by_role("dialog")).to_contain_text("What it does not show")
+    tab.keyboard.press("Escape")
+    tab.keyboard.press("/")
+    expect(tab.get_by_label("Message")).to_be_focused()
+    idle(tab)
+
+
 def test_the_strengths_of_the_bar_are_the_dials_of_talk_and_are_turned_on_any_tab(tab):
     before = replies(tab)
     chip = tab.locator("[data-strengths]")
@@ -1660,6 +1679,9 @@ def test_the_strengths_of_the_bar_are_the_dials_of_talk_and_are_turned_on_any_ta
     tab.locator("[data-on='removed']").uncheck()
     expect(chip).to_have_text("⊖ off ⊕ 0.00×")
     expect(tab.locator("#bar [data-strength='removal']")).to_be_disabled()
+    tab.locator("[data-temperature]").fill("1")
+    tab.locator("[data-temperature]").press("Tab")
+    expect(chip).to_have_text("⊖ off ⊕ 0.00×, sampled")
     idle(tab)
 
 
@@ -1976,13 +1998,15 @@ def test_a_load_that_is_cancelled_shows_nothing_more(engines, tmp_path):
 
 def test_a_model_that_had_made_room_is_loaded_for_the_conversation_that_was_held_with_it(engines, tmp_path):
     names = [str(shutil.copytree(ORGANISM, tmp_path / name)) for name in ("first", "second", "third")]
-    handlers, visitor = Handlers(engines, Stops(), 64), gr.Request(session_hash="visitor")
+    stops, visitor = Stops(), gr.Request(session_hash="visitor")
+    handlers, stop = Handlers(engines, stops, 64), stops.begin("visitor", 1)
 
     def load(visit: Visit, name: str) -> list[tuple]:
         return [news for news in handlers.load_model(visit, gr.EventData(None, {"model": name}), visitor) if news[0]]
 
     (visit, turns, *_), *_ = [news for news in load(Visit(), names[0]) if isinstance(news[0], Visit)]
     assert visit == Visit(names[0]) and turns == ()
+    assert stop.is_set(), "replies of the model before would come under the name of this one"
     for name in names[1:]:
         load(Visit(), name)
     with pytest.raises(ModelError, match="put away"):

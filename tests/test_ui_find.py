@@ -451,7 +451,7 @@ def test_unknown_cells_are_measured_on_demand_and_a_direction_taken_meanwhile_st
     position = ready.found.direction.source.position
     assert tab.locator(".cell-button.unknown:not(:disabled)").count() > 0
     tab.get_by_role("button", name="Measure them").click()
-    expect(tab.locator("[data-filling]")).to_contain_text("scoring")
+    expect(tab.locator("[data-filling]")).to_have_text(re.compile(r"^scoring.*, \d+ of \d+$"))
     take(tab, position, 2)
     expect(tab.locator(".cell-button.unknown:not(:disabled)")).to_have_count(0)
     expect(tab.locator(f"[data-cell='{position} 2'].used")).to_be_visible()

@@ -189,6 +189,7 @@ def test_chosen_parts_confine_the_removal_in_talk_in_its_link_and_in_what_is_sav
     expect(tab.locator("[data-on='removed']")).to_be_checked()  # the pane is shown, whatever was on
     confined = tab.locator("[data-confined]")
     expect(confined).to_contain_text("Removed only from 3 parts: embedding, MLP 1, head 3.0.")
+    expect(tab.locator("[data-strengths]")).to_have_text("⊖ 100 % from 3 parts ⊕ 1.00×")
     expect(tab.locator(".turn").last.locator(".cell[data-pane='removed'] .rest")).to_contain_text("only from 3 parts")
     some = frozenset({"embedding", "MLP 1", "head 3.0"})
     row = Intervention(ready.direction, "ablate", 1.0, some)

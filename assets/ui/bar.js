@@ -134,10 +134,10 @@ find('[data-small-map]').addEventListener('keydown', (key) => {
 });
 
 /** The strengths of Talk, which are those of the page. */
-function drawStrengths({ removal, addition }) {
-  const said = { removal: removal === null ? 'off' : `${Math.round(100 * removal)} %`, addition: addition === null ? 'off' : `${signed(addition.toFixed(2))}×` };
-  find('[data-strengths]').textContent = `⊖ ${said.removal} ⊕ ${said.addition}`;
-  find('[data-strengths]').setAttribute('aria-label', `Strengths: removed ${said.removal}, added ${said.addition}`);
+function drawStrengths({ removal, addition, parts, isSampled }) {
+  const said = { removal: removal === null ? 'off' : `${Math.round(100 * removal)} %${parts ? ` from ${parts}` : ''}`, addition: addition === null ? 'off' : `${signed(addition.toFixed(2))}×` };
+  find('[data-strengths]').textContent = `⊖ ${said.removal} ⊕ ${said.addition}${isSampled ? ', sampled' : ''}`;
+  find('[data-strengths]').setAttribute('aria-label', `Strengths: removed ${said.removal}, added ${said.addition}${isSampled ? ', sampled' : ''}`);
   for (const input of all('[data-strength]')) {
     const value = { removal: removal === null ? null : 100 * removal, addition }[input.dataset.strength];
     input.disabled = value === null; // a pane that is off is switched on in Talk
@@ -379,7 +379,7 @@ const about = find('[data-about]');
 const onKey = (key) => {
   if (!element.isConnected) {
     document.removeEventListener('keydown', onKey);
-  } else if (key.key === '?' && !key.target.closest('input, textarea, select') && !about.open) {
+  } else if (key.key === '?' && !key.target.closest('input:not([type="range"]), textarea, select') && !about.open) {
     about.showModal();
   }
 };

@@ -127,7 +127,7 @@ function drawFilling() {
   pause(fill, filling !== null);
   if (!view.unknown) handOn([fill], find('.cells-holder'));
   fill.hidden = !view.unknown;
-  find('[data-filling]').textContent = filling ? filling[0] : '';
+  find('[data-filling]').textContent = filling ? `${filling[0]}${filling[2] ? `, ${filling[1]} of ${filling[2]}` : ''}` : '';
   const bar = find('progress');
   bar.hidden = filling === null;
   if (filling) [bar.max, bar.value] = [filling[2] || 1, filling[1]];
@@ -242,7 +242,7 @@ document.addEventListener('rendered', ({ detail }) => { if (element.isConnected 
 find('[data-reset]').addEventListener('click', () => trigger('choose', {}));
 find('[data-fill]').addEventListener('click', () => {
   if (filling) return;
-  filling = ['starting', 0, 1];
+  filling = ['starting', 0, 0];
   drawError('');
   drawFilling();
   trigger('fill', {});

@@ -180,7 +180,7 @@ const CAPTIONS = {
   along: ([along, spread]) => `The direction in use holds ${percent(along)} of the variance here, and the main spread at right angles to it ${percent(spread)}. `
     + 'Both axes count in the length of the direction, the same in every layer; 0 is the mean of the ' + `${view.classes.harmless} prompts.`,
   umap: () => (isAsked(umap) && umap.figure
-    ? 'UMAP keeps neighbours together; its distances, axes and gaps mean nothing. The numbers beside it are of the linear picture.'
+    ? 'UMAP keeps neighbours together; its distances, axes and gaps mean nothing, and a prompt of yours has no place in it. The numbers beside it are of the linear picture.'
     : `UMAP: ${isAsked(umap) ? `${umap.doing}, ${Math.round((Date.now() - umap.since) / 1000)} s` : 'asked for'} …`),
 };
 const LABELS = {

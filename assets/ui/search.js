@@ -93,7 +93,7 @@ function drawSearch(view) {
 
 function sayError(sentence) {
   find('[data-search-error]').hidden = !sentence;
-  find('[data-search-error]').textContent = sentence || '';
+  find('[data-search-error]').replaceChildren(...withLinks(sentence || ''));
 }
 
 function drawSearching(stage, done, total) {

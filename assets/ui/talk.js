@@ -74,6 +74,7 @@ function confine(names, problem = '') {
   find('[data-confined-to]').textContent = names ? `Removed only from ${counted(names)}: ${listed(names)}.` : problem;
   find('[data-confined-to]').title = names ? names.join(', ') : '';
   document.dispatchEvent(new CustomEvent('confined', { detail: names || [] }));
+  showDials();
 }
 
 function counted(names) {
@@ -403,7 +404,7 @@ function tinted({ run: about, turn, inside, panes }) {
   const shown = Object.entries(panes).filter(([pane, tokens]) => cellOf(node, pane).textContent === tokens.map(([text]) => text).join(''));
   if (!shown.length) node.querySelectorAll('.reply').forEach((reply) => reply.replaceChildren(reply.textContent)); // another reading would stay
   for (const [pane, tokens] of shown) {
-    cellOf(node, pane).replaceChildren(...tokens.map(([text, along], index) => token(pane, text, along, index)));
+    cellOf(node, pane).replaceChildren(...tokens.map(([text, along], index) => token(pane, text, along, index, inside)));
   }
   drawAlong(node, Object.fromEntries(shown), inside);
   askTint();
@@ -411,12 +412,13 @@ function tinted({ run: about, turn, inside, panes }) {
 
 const cellOf = (turn, pane) => turn.querySelector(`.cell[data-pane="${pane}"] .reply`);
 
-function token(pane, text, along, index) {
+function token(pane, text, along, index, inside) {
   const node = make('span', text, 'token');
   const toward = Math.min(1, Math.max(0, along));
   node.style.setProperty('--tint', shade(toward));
   node.dataset.toward = toward >= 0.5 ? 'refusing' : 'answering'; // the look of the underline
-  node.title = `${signed(along)} of the way from the ${classes[1]} to the ${classes[0]} mean`;
+  const fixed = inside && pane === 'removed' ? '; where all of it is removed, the same at every token by construction' : '';
+  node.title = `${signed(along)} of the way from the ${classes[1]} to the ${classes[0]} mean${fixed}`;
   node.addEventListener('mouseenter', () => pointAt(node.closest('.turn'), index));
   return node;
 }
@@ -553,7 +555,8 @@ function drawForetold() {
   const say = (pane, probability) => {
     const node = find(`[data-foretold="${pane}"]`);
     const known = forecast && probability !== null;
-    setText(node, known ? `will start like a refusal: ${percent(probability)}` : '');
+    const which = prompt.value.trim() && turns ? 'the next reply will' : 'will'; // not the one that stands below
+    setText(node, known ? `${which} start like a refusal: ${percent(probability)}` : '');
     node.title = known ? 'Foretold for the message, before anything is generated: the probability that the first token is one that refusals start with.' : '';
     node.style.setProperty('--shade', known ? shade(probability) : 'transparent');
   };
@@ -866,7 +869,7 @@ function showDials() {
   find('[data-mode]').textContent = isSampled() ? 'sampled' : 'greedy';
   find('[data-seeded]').hidden = !isSampled();
   const { removal, addition } = settings();
-  document.dispatchEvent(new CustomEvent('strengths', { detail: { removal, addition } }));
+  document.dispatchEvent(new CustomEvent('strengths', { detail: { removal, addition, parts: writers && counted(writers), isSampled: isSampled() } }));
 }
 
 function bind() {
@@ -941,11 +944,12 @@ const onKey = (key) => {
     halt();
   }
   const typing = key.target.closest('input:not([type="range"]), textarea, select, [contenteditable], dialog');
-  if (typing || key.ctrlKey || key.metaKey || key.altKey || !element.offsetWidth) return;
+  if (typing || key.ctrlKey || key.metaKey || key.altKey) return;
   const addition = find('[data-dial="addition"]');
   if (key.key === '/') {
     key.preventDefault();
-    prompt.focus();
+    showTab('Talk');
+    setTimeout(() => prompt.focus(), 0); // once it is on the screen
   } else if (closed) {
     return; // the other keys move the dials
   } else if (key.key === ',' || key.key === '.') {

@@ -4,7 +4,6 @@ For each pane the probability that its reply starts like a refusal, at every str
 prompt lies among those that the direction was made from. `assets/ui/talk.js` paints it, `map.js` shows the star.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 from jaxtyping import Float
@@ -12,10 +11,11 @@ from torch import Tensor
 
 from refusal_core.chat_model import Conversation, ModelError
 from refusal_core.evaluation import DoseResponse, dose_response
-from refusal_core.geometry import place
+from refusal_core.geometry import Place, place
 from refusal_core.metrics import refusal_probability
 from refusal_core.plots import star_on_map
 from refusal_core.prompts import CLASSES, PromptError
+from refusal_core.selection import Found
 from refusal_core.ui.engine import Engine, Ready
 from refusal_core.ui.lending import GLANCE, once_on_gpu
 from refusal_core.ui.talk import Ask, Turn, conversation, next_turn
@@ -48,9 +48,7 @@ def forecast(engine: Engine, ready: Ready, turns: Sequence[Turn], ask: Ask) -> d
         "unchanged": unchanged if knows else None,
         "removal": _curve(removal) if knows else None,
         "addition": _curve(addition) if knows else None,
-        "place": {
-            "sentence": f"{'This' if ask.action == 'ask' else 'The last'} prompt {_lies(here.beyond_harmless, here.beyond_harmful, found.prompts.classes)}{unknown}"
-        },
+        "place": {"sentence": f"{'This' if ask.action == 'ask' else 'The last'} prompt {_lies(here, found)}{unknown}"},
         "stars": {
             f"{pos} {axes}": star_on_map(maps, activations[found.positions.index(pos)].numpy(), axes)
             for (pos, axes), maps in engine.known_maps(ready).items()
@@ -80,25 +78,22 @@ def _curve(response: DoseResponse) -> dict:
     return {"scales": response.scales, "refusal": response.refusal, "flip": response.flips_at}
 
 
-def _lies(beyond_harmless: float, beyond_harmful: float, classes: tuple[str, str] = CLASSES) -> str:
-    harmful, harmless = classes
-    further = f"further toward {'refusal' if classes == CLASSES else harmful}"
-    if math.isclose(beyond_harmful, 1):
+def _lies(here: Place, found: Found) -> str:
+    """The place among the prompts that the direction was made from, counted."""
+    harmful, harmless = found.prompts.classes
+    further = f"further toward {'refusal' if found.prompts.classes == CLASSES else harmful}"
+    n_harmless, n_harmful = len(found.harmless), len(found.harmful)
+    of_harmless, of_harmful = round(here.beyond_harmless * n_harmless), round(here.beyond_harmful * n_harmful)
+    if of_harmful == n_harmful:
         return f"lies {further} than every {harmful} prompt the direction was made from."
-    if beyond_harmful:
+    if of_harmful:
         return (
-            f"lies {further} than {_percent(beyond_harmless)} of the {harmless} prompts "
-            f"and {_percent(beyond_harmful)} of the {harmful} ones."
+            f"lies {further} than {of_harmless} of the {n_harmless} {harmless} prompts "
+            f"and {of_harmful} of the {n_harmful} {harmful} ones."
         )
-    if beyond_harmless:
+    if of_harmless:
         return (
-            f"lies {further} than {_percent(beyond_harmless)} of the {harmless} prompts, "
+            f"lies {further} than {of_harmless} of the {n_harmless} {harmless} prompts, "
             f"and less far than every {harmful} one."
         )
     return f"lies {further.replace('further', 'less far', 1)} than every prompt the direction was made from."
-
-
-def _percent(share: float) -> str:
-    """A share in percent that says neither 0 nor 100 unless it is exactly that."""
-    percent = 100 * share
-    return f"{percent if share in (0, 1) else min(99, max(1, percent)):.0f}\u00a0%"

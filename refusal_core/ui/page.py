@@ -152,6 +152,8 @@ class Handlers:
         self._end_load(session)
         if isinstance(status, Ready):
             self._end_search(session)
+            if now.model != visit.model:
+                self._stops.forget(session)  # or what the other model still says would come under this one's name
             turns = gr.skip() if now.model == visit.model else ()
             yield now, turns, self._bar(status) | SETTLED, opening_view(status), gr.skip(), gr.skip()
             # Not the visit: another direction may have been taken by now.
