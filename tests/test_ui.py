@@ -607,7 +607,7 @@ def test_what_is_foretold_while_typing_is_what_the_replies_then_start_with(tab, 
     foretold = type_message(tab, text)
     expect(tab.locator(".turn")).to_have_count(0)
     expect(tab.locator(".composer [data-place]")).to_have_text(
-        re.compile(r"further toward refusal than (\d+ of the 128 harmless|every harmful) prompt")
+        re.compile(r"further toward refusal than (\d+ of the 128|every) harm(less|ful) prompt")
     )
     ask(tab, text)
     readings = tab.locator(".turn").last.locator(".reading").filter(visible=True).all_inner_texts()

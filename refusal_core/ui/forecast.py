@@ -86,14 +86,13 @@ def _lies(here: Place, found: Found) -> str:
     of_harmless, of_harmful = round(here.beyond_harmless * n_harmless), round(here.beyond_harmful * n_harmful)
     if of_harmful == n_harmful:
         return f"lies {further} than every {harmful} prompt the direction was made from."
+    over = (
+        f"every {harmless} prompt"
+        if of_harmless == n_harmless
+        else f"{of_harmless} of the {n_harmless} {harmless} prompts"
+    )
     if of_harmful:
-        return (
-            f"lies {further} than {of_harmless} of the {n_harmless} {harmless} prompts "
-            f"and {of_harmful} of the {n_harmful} {harmful} ones."
-        )
+        return f"lies {further} than {over} and {of_harmful} of the {n_harmful} {harmful} ones."
     if of_harmless:
-        return (
-            f"lies {further} than {of_harmless} of the {n_harmless} {harmless} prompts, "
-            f"and less far than every {harmful} one."
-        )
+        return f"lies {further} than {over}, and less far than every {harmful} one."
     return f"lies {further.replace('further', 'less far', 1)} than every prompt the direction was made from."
