@@ -450,18 +450,18 @@ def _measure(
 
 
 MADE: dict[Variant, str] = {
-    "ablation": "Every tensor that writes to the residual stream was made orthogonal to one direction: its ablation at every "
-    "layer and token (Arditi et al., 2024)",
-    "norm-preserving": "Every tensor that writes to the residual stream was made orthogonal to one direction, and each vector "
-    "that it writes was scaled back to the norm it had (after Lai, 2025): exactly nothing can be written along the "
-    "direction, and the rest of the stream is not that of the ablation, which this approximates",
-    "projected": "Every tensor that writes to the residual stream was made orthogonal to one direction without its part along "
-    "the mean harmless activation (after Lai, 2025): the ablation of that projected direction, which approximates that of "
-    "the direction as it was read",
-    "projected-norm-preserving": "Every tensor that writes to the residual stream was made orthogonal to one direction "
-    "without its part along the mean harmless activation, and each vector that it writes was scaled back to the norm it had "
-    "(after Lai, 2025): exactly nothing can be written along the projected direction; of the ablation, of that direction and "
-    "the more of the one as it was read, this is an approximation",
+    "ablation": "Every tensor that writes to the residual stream was changed so that it writes nothing along one direction: "
+    "its ablation at every layer and token (Arditi et al., 2024)",
+    "norm-preserving": "Every tensor that writes to the residual stream was changed so that it writes nothing along one "
+    "direction, and each vector that it writes was scaled back to the norm it had (after Lai, 2025): exactly nothing can be "
+    "written along the direction, and the rest of the stream is not that of the ablation, which this approximates",
+    "projected": "Every tensor that writes to the residual stream was changed so that it writes nothing along one direction "
+    "without its part along the mean harmless activation (after Lai, 2025): the ablation of that projected direction, which "
+    "approximates that of the direction as it was read",
+    "projected-norm-preserving": "Every tensor that writes to the residual stream was changed so that it writes nothing along "
+    "one direction without its part along the mean harmless activation, and each vector that it writes was scaled back to the "
+    "norm it had (after Lai, 2025): exactly nothing can be written along the projected direction; of the ablation, of that "
+    "direction and the more of the one as it was read, this is an approximation",
     "addition": "A multiple of one direction was added to the bias of one MLP: its addition at one layer and every token "
     "(Arditi et al., 2024)",
 }

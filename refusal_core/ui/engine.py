@@ -368,6 +368,7 @@ class Engines:
             with self._lock:
                 self._first.wanted += 1
                 if isinstance(self._first.status, Failed):
+                    self._started += [self._first.thread] if self._first.thread else []  # it may not have ended yet
                     self._first.start()
             return self._first
         if not name or (not self.any_model and name not in self.offered):
