@@ -348,7 +348,7 @@ class Desk:
                 decoding.failure = None
         except DoesNotFitError as error:
             for decoding in taken:
-                decoding.failure = error
+                decoding.failure = DoesNotFitError(str(error))  # this one holds what there was no room for
             raise
         finally:
             ended = time.monotonic()

@@ -110,9 +110,12 @@ def _steps(
         yield Step(index, tuple(added), texts, tuple(finished), decoding.logits)
         if all(finished):
             return
+        fits = True
         try:
             decoding.step([None if ending else token for token, ending in zip(added, finished, strict=True)])
         except DoesNotFitError:
+            fits = False
+        if not fits:
             finished = [ending or "memory" for ending in finished]
             yield Step(index + 1, (None,) * len(finished), texts, tuple(finished), decoding.logits)
             return
