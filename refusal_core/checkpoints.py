@@ -23,7 +23,7 @@ import transformers
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import tqdm
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from refusal_core.hub import answers
@@ -192,7 +192,10 @@ def weights_in(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Names the weights themselves: a hash of the config and of each of its files' size, header and samples."""
+    """Names the weights themselves: a hash of the config and of each of its files' size, header, samples, and biases.
+
+    A bias is small enough to lie between two samples, and an addition may be written into one alone.
+    """
     digest = hashlib.sha256(json.dumps(_config_json(folder), sort_keys=True).encode())
     for path in weights_in(folder):
         size = path.stat().st_size
@@ -202,6 +205,9 @@ def fingerprint(folder: Path) -> str:
             for sample in range(256):
                 file.seek(size * sample // 256)
                 digest.update(file.read(4 * 1024))
+        with safe_open(str(path), framework="pt") as file:
+            for name in sorted(n for n in file.keys() if n.endswith("bias")):  # noqa: SIM118 (a file is no dictionary)
+                digest.update(file.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -10,8 +10,10 @@ import torch
 from families import build
 from hub import Hub, Repo, hub
 from huggingface_hub import constants
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from refusal_core import checkpoints
 from refusal_core.chat_model import ChatModel, ModelError
 
 __all__ = ["hub"]  # a fixture
@@ -230,6 +232,17 @@ def test_an_index_that_names_no_safetensors_beside_it_is_refused_and_nothing_it_
         with pytest.raises(ModelError, match=r"does not name \.safetensors files beside it"):
             load(name)
     assert not any(map(is_weights, hub.requested))
+
+
+def test_one_bias_changed_in_a_large_file_is_another_model(tiny: Path, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "large")
+    tensors = {f"model.layers.{i}.mlp.down_proj.weight": torch.zeros(256, 4096) for i in range(12)}
+    names = {checkpoints.fingerprint(folder)}
+    for i in range(8):
+        biases = {f"model.layers.{j}.mlp.down_proj.bias": torch.full((256,), float(i == j)) for j in range(8)}
+        save_file(tensors | biases, folder / "model.safetensors", {"format": "pt"})
+        names.add(checkpoints.fingerprint(folder))
+    assert len(names) == 9
 
 
 def test_other_weights_in_the_folder_are_no_part_of_the_model(tiny: Path, tmp_path):
