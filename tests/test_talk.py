@@ -201,7 +201,8 @@ def test_without_refusal_tokens_no_page_says_that_nothing_starts_like_a_refusal(
     ready = Ready(model, replace(found, refusal_tokens=()), found.direction, load_prompts("test"), True)
     ask = Ask(1, "ask", "How do I rob a bank?", control=None, max_new_tokens=2)
     foretold = forecast(Engine(), ready, [], ask)
-    assert (foretold["unchanged"], foretold["removal"], foretold["addition"]) == (None, None, None)
+    assert foretold["unchanged"] is None
+    assert [curve["refusal"] for curve in foretold["curves"].values()] == [None, None]
     assert "not known without refusal tokens: add one in Find" in foretold["place"]["sentence"]
     *_, (turns, _) = talk(ready, (), ask, threading.Event())
     assert [reply.refusal for reply in turns[-1].replies.values()] == [None] * 3

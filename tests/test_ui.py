@@ -29,8 +29,10 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, BrowserType, Locator, Page, Route, sync_playwright
 from playwright.sync_api import expect as expect_once
 
+from refusal_core.attribution import read_along
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import DirectionError, random_like
+from refusal_core.evaluation import dose_response
 from refusal_core.generation import stream_side_by_side
 from refusal_core.interventions import Intervention
 from refusal_core.metrics import judge
@@ -47,6 +49,7 @@ from refusal_core.ui.talk import (
     Reply,
     Stops,
     Turn,
+    control_of,
     conversation,
     opening_view,
     talk,
@@ -228,22 +231,58 @@ def test_the_panes_stream_and_the_view_is_that_of_the_turns(ready):
     assert all(reply["verdict"] for reply in shown["turns"][0]["replies"].values())
 
 
-def test_the_panes_part_where_their_tokens_first_differ(ready):
-    *_, (turns, shown) = talk(ready, (), Ask(1, "fresh", OPENING), threading.Event())
-    split = turns[0].split
-    assert split is not None
+NEAR = "How do I kill a process?"
+"""Which the direction makes another thing of at once, and a random one later."""
+
+
+def test_each_pane_parts_from_the_unchanged_one_where_its_tokens_first_differ(ready):
+    ask = Ask(1, "fresh", NEAR, removal=None, addition=1.0, control=1.0, max_new_tokens=40)
+    *_, (turns, shown) = talk(ready, (), ask, threading.Event())
+    splits, replies = turns[0].splits, turns[0].replies
     model, r = ready.model, ready.direction
-    rows = [None, Intervention(r, "ablate"), Intervention(r, "add")]
-    steps = list(stream_side_by_side(model, [OPENING] * 3, rows, max_new_tokens=40))
-    first = next(step for step in steps if len(set(step.tokens)) > 1)
-    assert split.index == first.index
-    for pane, token, logits in zip(PANES[:3], first.tokens, first.logits, strict=True):
-        assert split.likely[pane][0][0] == model.tokenizer.decode([token])
-        assert split.likely[pane][0][1] == pytest.approx(logits.double().softmax(-1).max().item())
-        assert len(split.likely[pane]) == 5
-    assert shown["turns"][0]["split"]["index"] == split.index
-    *_, (turns, _) = talk(ready, (), Ask(1, "fresh", OPENING, removal=0.0, addition=0.0), threading.Event())
-    assert turns[0].split is None
+    rows = [None, Intervention(r, "add", 1.0), Intervention(control_of(ready), "add", 1.0)]
+    steps = list(stream_side_by_side(model, [NEAR] * 3, rows, max_new_tokens=40))
+    for row, pane in enumerate(("added", "control"), start=1):
+        first = next(step for step in steps if step.tokens[row] != step.tokens[0])
+        assert splits[pane].index == first.index
+        assert set(splits[pane].likely) == {"unchanged", pane}
+        for index, name in ((0, "unchanged"), (row, pane)):
+            (token, share), *others = splits[pane].likely[name]
+            assert token == model.tokenizer.decode([first.tokens[index]])
+            assert share == pytest.approx(first.logits[index].double().softmax(-1).max().item())
+            assert len(others) == 4
+        before, after = (reply.text[: splits[pane].characters] for reply in (replies["unchanged"], replies[pane]))
+        assert before == after and before == model.tokenizer.decode(list(replies[pane].ids[: first.index]))
+    assert len({split.index for split in splits.values()}) == 2, "or the two could be mixed up"
+    assert {pane: split["index"] for pane, split in shown["turns"][0]["splits"].items()} == {
+        pane: split.index for pane, split in splits.items()
+    }
+    again = replace(ask, action="again", removal=0.0, addition=0.0, control=None)
+    *_, (turns, shown) = talk(ready, turns, again, threading.Event())
+    assert turns[0].splits == {}
+
+
+def test_panes_that_answer_the_same_are_told_with_the_place_of_the_prompt(ready):
+    ask = Ask(1, "fresh", OPENING, removal=0.05, addition=None, max_new_tokens=40)
+    *_, (turns, shown) = talk(ready, (), ask, threading.Event())
+    along = plain_place(ready, OPENING)
+    n = sum(along > each for each in (ready.found.harmless[:, *where_read(ready)] @ ready.direction.unit).tolist())
+    assert (
+        f"hardly matters for this prompt. It lies further toward refusal than {n} of the 128 harmless"
+        in shown["notice"]
+    )
+    *_, (_, shown) = talk(ready, turns, replace(ask, action="again", addition=1.0), threading.Event())
+    assert shown["notice"] == ""
+
+
+def where_read(ready) -> tuple[int, int]:
+    source = ready.direction.source
+    return ready.found.positions.index(source.position), source.layer
+
+
+def plain_place(ready, text: str) -> float:
+    (reading,) = read_along(ready.model, [text], ready.direction)
+    return reading.along[ready.direction.source.layer, ready.direction.source.position].item()
 
 
 def test_the_tint_is_where_the_stream_lies_and_its_pieces_are_the_reply(ready):
@@ -289,10 +328,23 @@ def test_a_refused_prompt_leaves_the_conversation_as_it_was(ready):
 
 def test_the_examples_are_prompts_that_the_direction_has_not_seen(ready):
     examples = opening_view(ready)["examples"]
-    shown = {*examples["harmless"], *(e["text"] for e in examples["harmful"])}
+    shown = {*examples["harmless"], *(text for fold in examples["harmful"] for text in fold["texts"])}
     seen = {*ready.found.prompts.harmful, *ready.found.prompts.harmless}
     assert shown
     assert not shown & seen
+
+
+def test_the_first_examples_sound_harmful_and_the_harmful_ones_are_folded_by_category(ready):
+    examples = opening_view(ready)["examples"]
+    of = dict(zip(ready.examples.harmless, ready.examples.harmless_categories, strict=True))
+    categories = [of[text] for text in examples["harmless"]]
+    assert categories[:3] == ["near-miss"] * 3
+    assert "near-miss" not in categories[3:] and len(set(categories[3:])) == 3
+    harmful = dict(zip(ready.examples.harmful, ready.examples.harmful_categories, strict=True))
+    for fold in examples["harmful"]:
+        assert 1 <= len(fold["texts"]) <= 3
+        assert {harmful[text] for text in fold["texts"]} == {fold["category"]}
+    assert len({fold["category"] for fold in examples["harmful"]}) == len(examples["harmful"]) == 12
 
 
 def test_a_view_says_when_the_panes_do_not_differ():
@@ -599,12 +651,18 @@ def type_message(tab: Page, text: str) -> list[str]:
     expect(tab.locator("[data-foretold='unchanged']")).to_be_empty()
     tab.get_by_label("Message").fill(text)
     expect(tab.locator("[data-foretold='unchanged']")).not_to_be_empty()
-    return [said.rpartition(": ")[2] for said in tab.locator("[data-foretold]").all_inner_texts()]
+    return [said.rpartition(": ")[2] for said in tab.locator("[data-foretold]").filter(visible=True).all_inner_texts()]
 
 
 @pytest.mark.parametrize("text", ["How do I steal a car?", "How do I bake bread?"])
 def test_what_is_foretold_while_typing_is_what_the_replies_then_start_with(tab, text):
+    tab.get_by_role("checkbox", name="random control").check()
+    idle(tab)
     foretold = type_message(tab, text)
+    assert len(foretold) == 4
+    needles = tab.locator("[data-needle] .needle").evaluate_all(
+        "all => all.map(needle => parseFloat(needle.style.left))"
+    )
     expect(tab.locator(".turn")).to_have_count(0)
     expect(tab.locator(".composer [data-place]")).to_have_text(
         re.compile(r"further toward refusal than (\d+ of the 128|every) harm(less|ful) prompt")
@@ -612,6 +670,21 @@ def test_what_is_foretold_while_typing_is_what_the_replies_then_start_with(tab, 
     ask(tab, text)
     readings = tab.locator(".turn").last.locator(".reading").filter(visible=True).all_inner_texts()
     assert foretold == [said.removeprefix("starts like a refusal ") for said in readings]
+    after = tab.locator(".turn").last.locator(".needle").filter(visible=True)
+    assert after.evaluate_all("all => all.map(needle => parseFloat(needle.style.left))") == pytest.approx(
+        needles, abs=0.1
+    )
+
+
+def test_what_an_edit_costs_is_said_before_anything_is_generated(tab, ready):
+    type_message(tab, "How do I bake bread?")
+    for pane, kind in (("removed", "ablate"), ("added", "add")):
+        curve = dose_response(ready.model, "How do I bake bread?", ready.direction, kind, ready.found.refusal_tokens)
+        (kl,) = (kl for scale, kl in zip(curve.scales, curve.kl, strict=True) if scale == 1)
+        said = f"{kl:.2f}" if kl >= 0.005 else "<0.01"
+        expect(tab.locator(f"[data-price='{pane}']")).to_have_text(f"KL {said} nats")
+    set_dial(tab, "addition", 0)
+    expect(tab.locator("[data-price='added']")).to_have_text("KL <0.01 nats")
 
 
 def test_a_forecast_that_is_on_its_way_while_the_conversation_is_cleared_is_not_shown(tab):
@@ -1007,7 +1080,12 @@ def test_an_example_begins_a_new_conversation(tab):
     idle(tab)
     expect(tab.locator("[data-harmful] button").first).to_be_hidden()
     tab.get_by_text("Requests that a model should refuse").click()
-    expect(tab.locator("[data-harmful] button").first).to_be_visible()
+    first = tab.locator("[data-harmful] details").first
+    expect(first.locator("button").first).to_be_hidden()
+    first.locator("summary").click()
+    expect(first.locator("button").first).to_be_visible()
+    tab.locator("[data-harmful] details").nth(1).locator("summary").click()
+    expect(first.locator("button").first).to_be_hidden()
 
 
 def test_the_page_can_be_used_with_the_keyboard_alone(tab):
@@ -1106,6 +1184,14 @@ def test_the_replies_are_tinted_and_the_number_of_a_token_is_a_key_away(tab):
     assert turn.locator(".token.here").count() == 3
     number = turn.locator(".cell[data-pane='added'] .token").nth(1).get_attribute("title").split(" ")[0]
     expect(turn.locator(".pointed")).to_contain_text(number)
+    expect(turn.locator(".legend-of-panes")).to_have_text("UnchangedDirection removedDirection added")
+    expect(turn.locator(".level.one")).to_have_text("1 · mean of harmful prompts")
+    box = turn.locator(".chart").bounding_box()
+    assert box is not None
+    turn.locator(".chart").hover(position={"x": box["width"] - 1, "y": 20})
+    longest = max(turn.locator(f".cell[data-pane='{pane}'] .token").count() for pane in PANES[:3])
+    expect(turn.locator(".pointed")).to_contain_text(f"Token {longest}: ")
+    assert turn.locator(".chart polyline").count() == 3
     tab.locator("[data-tint]").select_option("inside")
     expect(turn.locator(".pointed")).to_contain_text("by construction")
     removed = turn.locator(".cell[data-pane='removed'] .token").evaluate_all(
@@ -1123,6 +1209,42 @@ def test_the_replies_are_tinted_and_the_number_of_a_token_is_a_key_away(tab):
     tab.get_by_role("button", name="Retry").click()
     idle(tab)
     expect(turn.locator(".token").first).to_be_visible()
+
+
+def test_a_bar_stands_in_the_text_where_a_pane_parts_from_the_unchanged_one(tab):
+    tab.get_by_role("checkbox", name="random control").check()
+    idle(tab)
+    ask(tab, NEAR)
+    turn = tab.locator(".turn").last
+    summary = turn.locator(".split summary")
+    summary.click()
+    parted = re.fullmatch(
+        r"First split from Unchanged: Direction added at token (\d+) · Random control at token (\d+)",
+        summary.inner_text(),
+    )
+    assert parted is not None, summary.inner_text()
+    unchanged, control = (turn.locator(f".cell[data-pane='{pane}'] .reply") for pane in ("unchanged", "control"))
+    lists = turn.locator(".likelies")
+    expect(lists).to_have_count(2)
+    for number, pane in enumerate(("added", "control")):
+        assert [lists.nth(number).locator(f"[data-pane='{name}'] li").count() for name in PANES] == [
+            5 * (name in ("unchanged", pane)) for name in PANES
+        ]
+    for tinted in (False, True):
+        tab.locator("[data-tint]").select_option("untouched" if tinted else "off")
+        if tinted:
+            expect(control.locator(".token").first).to_be_visible()
+        else:
+            expect(turn.locator(".token")).to_have_count(0)
+        expect(turn.locator(".parting")).to_have_count(2)
+        expect(unchanged.locator(".parting")).to_have_count(0)
+        before, after = control.evaluate(
+            """reply => { const bar = [...reply.childNodes].findIndex(node => node.className === 'parting');
+            return [[...reply.childNodes].slice(0, bar), [...reply.childNodes].slice(bar)].map(nodes => nodes.map(node => node.textContent).join('')); }"""
+        )
+        assert before and (unchanged.text_content() or "").startswith(before)
+        assert not (unchanged.text_content() or "").startswith(before + after.split()[0])
+    assert control.locator(".parting ~ .token").count() == control.locator(".token").count() - int(parted[2]) + 1
 
 
 def test_the_random_control_is_a_fourth_pane_on_demand(tab):

@@ -193,49 +193,89 @@ async function copyReply(button, cell) {
   setTimeout(() => { button.textContent = 'copy'; }, 1500);
 }
 
-/** Where the panes part, folded until somebody wants to know. */
+/** Where the panes part from the unchanged one, folded until somebody wants to know. */
 function splitNode() {
   const split = make('details', undefined, 'split');
-  split.append(make('summary', ''), make('div', undefined, 'likelies'));
-  for (const pane of PANES) {
-    const list = make('ol', undefined, 'likely');
-    list.dataset.pane = pane;
-    list.setAttribute('aria-label', `Most likely tokens: ${NAMES[pane]}`);
-    split.lastChild.append(list);
-  }
+  split.append(make('summary', ''), make('div'));
   split.hidden = true;
   return split;
 }
 
-function drawSplit(node, split) {
-  node.hidden = !split;
-  if (!split || node.dataset.drawn === JSON.stringify(split)) return;
-  node.dataset.drawn = JSON.stringify(split);
-  setText(node.querySelector('summary'), `The panes part at token ${split.index + 1}: what each held likely there`);
-  for (const pane of PANES) {
-    node.querySelector(`[data-pane="${pane}"]`).replaceChildren(...(split.likely[pane] || []).map(([text, share]) => {
-      const item = make('li');
-      item.style.setProperty('--share', `${100 * share}%`);
-      item.append(make('code', readable(text)), ' ', make('span', percent(share)));
-      return item;
-    }));
+/** For each token at which panes part, what they and the unchanged one held likely there. */
+function drawSplits(node, splits) {
+  const parted = PANES.filter((pane) => splits[pane]);
+  node.hidden = !parted.length;
+  if (node.hidden || node.dataset.drawn === JSON.stringify(splits)) return;
+  node.dataset.drawn = JSON.stringify(splits);
+  const at = (pane) => splits[pane].index;
+  const said = parted.map((pane) => `${NAMES[pane]} at token ${at(pane) + 1}`).join(' · ');
+  setText(node.querySelector('summary'), `First split from Unchanged: ${said}`);
+  const indices = [...new Set(parted.map(at))].sort((one, other) => one - other);
+  node.lastChild.replaceChildren(...indices.flatMap((index) => {
+    const here = parted.filter((pane) => at(pane) === index);
+    const likely = Object.assign({}, ...here.map((pane) => splits[pane].likely));
+    const lists = make('div', undefined, 'likelies');
+    lists.append(...PANES.map((pane) => likelyNode(pane, index, likely[pane] || [])));
+    return [make('p', `Likely as token ${index + 1}`), lists];
+  }));
+}
+
+function likelyNode(pane, index, tokens) {
+  const list = make('ol', undefined, 'likely');
+  list.dataset.pane = pane;
+  if (tokens.length) list.setAttribute('aria-label', `Most likely as token ${index + 1}: ${NAMES[pane]}`);
+  else list.setAttribute('aria-hidden', 'true');
+  list.append(...tokens.map(([text, share]) => {
+    const item = make('li');
+    item.style.setProperty('--share', `${100 * share}%`);
+    item.append(make('code', readable(text)), ' ', make('span', percent(share)));
+    return item;
+  }));
+  return list;
+}
+
+/** The bar in the text at the first token that is another than the unchanged pane's. */
+function partingNode(pane) {
+  const bar = make('span', undefined, 'parting');
+  bar.setAttribute('role', 'img');
+  bar.setAttribute('aria-label', 'from here on another text than Unchanged');
+  bar.title = `${NAMES[pane]} parts from Unchanged here`;
+  return bar;
+}
+
+/** The text of a reply, with the bar where it parts from the unchanged one; a reply that is coloured is left as it is. */
+function drawReply(node, pane, text, split) {
+  const drawn = JSON.stringify([text, split ? split.characters : null]);
+  if (node.dataset.drawn === drawn) return;
+  node.dataset.drawn = drawn;
+  plain(node, pane);
+}
+
+function plain(node, pane) {
+  const [text, characters] = JSON.parse(node.dataset.drawn || '["", null]');
+  if (characters === null) {
+    node.replaceChildren(text);
+    return;
   }
+  const points = [...text];
+  node.replaceChildren(points.slice(0, characters).join(''), partingNode(pane), points.slice(characters).join(''));
 }
 
 function drawTurn(node, turn) {
   setText(node.querySelector('.who'), turn.example ? 'Example' : 'You');
   setText(node.querySelector('.words'), turn.prompt);
-  for (const pane of PANES) drawCell(node.querySelector(`.cell[data-pane="${pane}"]`), pane, turn.replies[pane]);
-  drawSplit(node.querySelector('.split'), turn.split);
+  const splits = turn.splits || {};
+  for (const pane of PANES) drawCell(node.querySelector(`.cell[data-pane="${pane}"]`), pane, turn.replies[pane], splits[pane]);
+  drawSplits(node.querySelector('.split'), splits);
   if (Object.values(turn.replies).every((reply) => reply.ending)) return;
   node.querySelector('.along').hidden = true;
   delete node.dataset.tinted; // the colours go while the text grows, also where it comes to be the same
 }
 
-function drawCell(node, pane, reply) {
+function drawCell(node, pane, reply, split) {
   node.classList.toggle('off', !reply);
   const shown = reply || { text: '', ending: 'off' };
-  setText(node.querySelector('.reply'), shown.text);
+  drawReply(node.querySelector('.reply'), pane, shown.text, split);
   node.classList.toggle('running', reply !== undefined && !reply.ending);
   drawMeter(node.querySelector('.meter'), shown);
   const tag = node.querySelector('.tag');
@@ -365,11 +405,13 @@ function alongNode() {
   cursor.setAttribute('aria-label', 'Token of the replies');
   cursor.addEventListener('input', () => pointAt(node.closest('.turn'), cursor.valueAsNumber));
   node.addEventListener('toggle', () => pointAt(node.closest('.turn'), cursor.valueAsNumber));
-  node.append(
-    make('summary', 'Along the reply: where each token lies on the direction'),
-    shape('svg', { viewBox: `0 0 ${WIDE} ${HIGH}`, preserveAspectRatio: 'none', 'aria-hidden': 'true' }),
-    cursor, make('p', '', 'pointed'),
-  );
+  const chart = make('div', undefined, 'chart');
+  chart.append(shape('svg', { viewBox: `0 0 ${WIDE} ${HIGH}`, preserveAspectRatio: 'none', 'aria-hidden': 'true' }), make('span', '', 'level one'), make('span', '', 'level zero'));
+  chart.addEventListener('pointermove', ({ clientX }) => {
+    const { left, width } = chart.getBoundingClientRect();
+    pointAt(node.closest('.turn'), Math.round(Math.min(1, Math.max(0, (clientX - left) / width)) * cursor.max));
+  });
+  node.append(make('summary', 'Along the reply: where each token lies on the direction'), make('p', undefined, 'legend-of-panes'), chart, cursor, make('p', '', 'pointed'));
   node.querySelector('.pointed').setAttribute('role', 'status');
   node.hidden = true;
   return node;
@@ -392,7 +434,7 @@ function colouring(node) {
 
 function clearTints() {
   all('.along').forEach((node) => { node.hidden = true; });
-  all('.reply').forEach((reply) => reply.replaceChildren(reply.textContent));
+  all('.reply').forEach((reply) => plain(reply, reply.parentElement.dataset.pane));
   all('.turn').forEach((node) => { delete node.dataset.tinted; });
 }
 
@@ -402,9 +444,12 @@ function tinted({ run: about, turn, inside, panes }) {
   if (about !== run || running || !node || find('[data-tint]').value !== (inside ? 'inside' : 'untouched')) return;
   node.dataset.tinted = colouring(node);
   const shown = Object.entries(panes).filter(([pane, tokens]) => cellOf(node, pane).textContent === tokens.map(([text]) => text).join(''));
-  if (!shown.length) node.querySelectorAll('.reply').forEach((reply) => reply.replaceChildren(reply.textContent)); // another reading would stay
+  if (!shown.length) node.querySelectorAll('.reply').forEach((reply) => plain(reply, reply.parentElement.dataset.pane)); // another reading would stay
   for (const [pane, tokens] of shown) {
-    cellOf(node, pane).replaceChildren(...tokens.map(([text, along], index) => token(pane, text, along, index, inside)));
+    const nodes = tokens.map(([text, along], index) => token(pane, text, along, index, inside));
+    const split = drawn.turns[turn].splits?.[pane];
+    if (split) nodes.splice(split.index, 0, partingNode(pane));
+    cellOf(node, pane).replaceChildren(...nodes);
   }
   drawAlong(node, Object.fromEntries(shown), inside);
   askTint();
@@ -436,16 +481,29 @@ function drawAlong(turn, panes, inside) {
   const longest = Math.max(...Object.values(panes).map((tokens) => tokens.length));
   const x = (index) => (longest > 1 ? (index / (longest - 1)) * WIDE : WIDE / 2);
   const y = (value) => 6 + ((high - value) / (high - low)) * (HIGH - 12);
-  const svg = node.querySelector('svg');
+  const svg = node.querySelector('.chart svg');
   svg.replaceChildren(
     ...[0, 1].map((mean) => shape('line', { x1: 0, x2: WIDE, y1: y(mean), y2: y(mean) }, mean ? 'mean harmful' : 'mean harmless')),
-    ...Object.entries(panes).map(([pane, tokens]) => {
+    ...Object.entries(panes).reverse().map(([pane, tokens]) => { // the unchanged one on top
       const line = shape('polyline', { points: tokens.map(([, along], index) => `${x(index)},${y(along)}`).join(' ') }, 'reading');
       line.dataset.pane = pane;
       return line;
     }),
     shape('line', { x1: 0, x2: 0, y1: 0, y2: HIGH }, 'cursor'),
   );
+  for (const [level, mean, name] of [['.one', 1, classes[0]], ['.zero', 0, classes[1]]]) {
+    const label = node.querySelector(level);
+    setText(label, `${mean} · mean of ${name} prompts`);
+    label.style.top = `${(100 * y(mean)) / HIGH}%`;
+  }
+  node.querySelector('.legend-of-panes').replaceChildren(...Object.keys(panes).map((pane) => {
+    const line = make('span');
+    const sample = shape('svg', { viewBox: '0 0 34 8', width: 34, height: 8, 'aria-hidden': 'true' });
+    sample.append(shape('line', { x1: 0, x2: 34, y1: 4, y2: 4 }, 'reading'));
+    [line, sample.firstChild].forEach((named) => { named.dataset.pane = pane; }); // hidden with its pane on a phone
+    line.append(sample, NAMES[pane]);
+    return line;
+  }));
   node.along = { panes, x, inside };
   const cursor = node.querySelector('input');
   cursor.max = longest - 1;
@@ -465,7 +523,7 @@ function pointAt(turn, index) {
   for (const [pane, tokens] of Object.entries(panes)) {
     if (!tokens[index]) continue;
     const [text, along] = tokens[index];
-    cellOf(turn, pane).children[index]?.classList.toggle('here', node.open);
+    cellOf(turn, pane).querySelectorAll('.token')[index]?.classList.toggle('here', node.open);
     said.push(`${NAMES[pane]} “${readable(text)}” ${signed(along)}`);
   }
   node.querySelector('.pointed').textContent = `Token ${index + 1}: ${said.join(' · ')}. 0 is the mean of the ${classes[1]} prompts, 1 that of the ${classes[0]} ones.`
@@ -507,6 +565,7 @@ function foretold(view) {
 
 const SCALE = { removal: 100, addition: 1 }; // what a dial counts for one strength
 const PANE = { removal: 'removed', addition: 'added' };
+const DIAL = { removed: 'removal', added: 'addition', control: 'addition' }; // one dial is the strength of both
 
 function along(dial, strength) {
   const share = (strength * SCALE[dial.dataset.dial] - dial.min) / (dial.max - dial.min);
@@ -519,18 +578,18 @@ function shade(probability) {
     : `color-mix(in oklab, var(--harmful) ${(200 * probability - 100).toFixed(1)}%, var(--rule))`;
 }
 
-/** The probability at a strength between two of the curve's. */
-function between({ scales, refusal }, strength) {
+/** The value at a strength between two of the curve's. */
+function between(scales, values, strength) {
   const next = Math.max(1, scales.findIndex((scale) => scale >= strength));
   const share = (strength - scales[next - 1]) / (scales[next] - scales[next - 1]);
-  return refusal[next - 1] + share * (refusal[next] - refusal[next - 1]);
+  return values[next - 1] + share * (values[next] - values[next - 1]);
 }
 
 function paint(view) {
   forecast = view;
   for (const name of Object.keys(PANE)) {
     const dial = find(`[data-dial="${name}"]`);
-    const curve = view && view[name];
+    const curve = view && view.curves[PANE[name]].refusal && view.curves[PANE[name]];
     dial.classList.toggle('painted', Boolean(curve));
     const stops = curve ? curve.scales.map((scale, index) => `${shade(curve.refusal[index])} ${along(dial, scale)}`) : [];
     dial.style.setProperty('--paint', curve ? `linear-gradient(90deg, ${stops.join(', ')})` : 'none');
@@ -551,21 +610,29 @@ function tellForecast() {
   document.dispatchEvent(new CustomEvent('foretold', { detail: forecast }));
 }
 
+/** Of each pane, at the strength of its dial: whether its reply will start like a refusal, and how far it is moved. */
 function drawForetold() {
-  const say = (pane, probability) => {
+  const which = prompt.value.trim() && turns ? 'the next reply will' : 'will'; // not the one that stands below
+  for (const pane of PANES) {
+    const curve = forecast && forecast.curves[pane];
+    const isOn = pane === 'unchanged' || find(`[data-on="${pane}"]`).checked;
+    const strength = pane !== 'unchanged' && find(`[data-dial="${DIAL[pane]}"]`).valueAsNumber / SCALE[DIAL[pane]];
+    const at = (values) => (isOn && values ? between(curve.scales, values, strength) : null);
+    const probability = pane === 'unchanged' ? forecast && forecast.unchanged : at(curve && curve.refusal);
+    const isKnown = typeof probability === 'number';
     const node = find(`[data-foretold="${pane}"]`);
-    const known = forecast && probability !== null;
-    const which = prompt.value.trim() && turns ? 'the next reply will' : 'will'; // not the one that stands below
-    setText(node, known ? `${which} start like a refusal: ${percent(probability)}` : '');
-    node.title = known ? 'Foretold for the message, before anything is generated: the probability that the first token is one that refusals start with.' : '';
-    node.style.setProperty('--shade', known ? shade(probability) : 'transparent');
-  };
-  say('unchanged', forecast && forecast.unchanged);
-  for (const [name, pane] of Object.entries(PANE)) {
-    const on = find(`[data-on="${pane}"]`).checked;
-    say(pane, forecast && forecast[name] && on ? between(forecast[name], find(`[data-dial="${name}"]`).valueAsNumber / SCALE[name]) : null);
+    setText(node, isKnown ? `${which} start like a refusal: ${percent(probability)}` : '');
+    node.title = isKnown ? 'Foretold for the message, before anything is generated: the probability that the first token is one that refusals start with.' : '';
+    const track = find(`[data-needle="${pane}"]`);
+    track.hidden = !isKnown;
+    if (isKnown) track.firstChild.style.left = `${100 * probability}%`;
+    if (pane === 'unchanged') continue;
+    const price = at(curve && curve.kl);
+    setText(find(`[data-price="${pane}"]`), price === null ? '' : `KL ${nats(price)}`);
   }
 }
+
+const nats = (value) => `${value < 0.005 ? '<0.01' : value.toFixed(2)} nats`;
 
 // -- examples -----------------------------------------------------------------------------------------------------
 
@@ -582,7 +649,7 @@ function open(view) {
   if (closed) close(closed);
   else find('[data-where]').textContent = `at layer ${layer}, position ${String(position).replace('-', '−')}`;
   find('[data-harmless]').replaceChildren(...harmless.map((text) => example(text)));
-  find('[data-harmful]').replaceChildren(...harmful.map(({ category, text }) => example(text, category)));
+  find('[data-harmful]').replaceChildren(...harmful.map(fold));
   find('[data-examples]').hidden = false;
   send.disabled = false;
   begin(opening, run);
@@ -655,14 +722,22 @@ function apply(state) {
   return problem;
 }
 
-function example(text, category) {
-  const chip = make('button', undefined, 'chip-button');
+function example(text) {
+  const chip = make('button', text, 'chip-button');
   chip.type = 'button';
   chip.title = 'Ask this in a new conversation';
-  if (category) chip.append(make('small', category), ' ');
-  chip.append(text);
   chip.addEventListener('click', () => ask('fresh', text));
   return chip;
+}
+
+/** The examples of a category, folded until somebody opens it; one fold is open at a time. */
+function fold({ category, texts }) {
+  const node = make('details');
+  node.name = 'harmful-examples';
+  const chips = make('div', undefined, 'chips');
+  chips.append(...texts.map(example));
+  node.append(make('summary', category || 'all'), chips);
+  return node;
 }
 
 // -- saving -------------------------------------------------------------------------------------------------------

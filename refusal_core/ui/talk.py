@@ -7,22 +7,29 @@ again, with those of the request.
 """
 
 import math
+import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Literal, get_args
 
+from jaxtyping import Float
+from torch import Tensor
+
 from refusal_core.attribution import read_along
-from refusal_core.chat_model import ModelError
-from refusal_core.directions import DirectionError, random_like
+from refusal_core.chat_model import Conversation, ModelError
+from refusal_core.directions import Direction, DirectionError, random_like
 from refusal_core.endpoints import stream_replies
 from refusal_core.evaluation import judged
 from refusal_core.generation import Ending, Step, stream_side_by_side
+from refusal_core.geometry import Place, place
 from refusal_core.interventions import Intervention, Row
 from refusal_core.metrics import judge, refusal_probability
-from refusal_core.prompts import PromptError, PromptSet
+from refusal_core.prompts import CLASSES, PromptError, PromptSet
+from refusal_core.selection import Found
 from refusal_core.ui.bar import FROM_FILE, mark_of
 from refusal_core.ui.engine import CLOSED, Cell, Ready, Served
 from refusal_core.ui.lending import GLANCE, REPLY, on_gpu, once_on_gpu
@@ -41,7 +48,9 @@ MAX_WRITERS = 2_000
 MAX_NEW_TOKENS = 512
 UPDATES_PER_SECOND = 12
 ADDITION = (-1.0, 2.0)
-N_HARMLESS, N_HARMFUL = 6, 10
+N_HARMLESS, N_HARMFUL, N_CATEGORIES = 6, 3, 12
+NEAR_MISS = "near-miss"
+"""The category of harmless prompts that sound harmful."""
 N_LIKELY = 5
 CONTROL_SEED = 0
 
@@ -69,12 +78,14 @@ class Reply:
 
 @dataclass(frozen=True)
 class Split:
-    """Where the panes part: the first token (from 0) that is not the same in all, and what each held most likely there.
+    """Where a pane parts from the unchanged one: its first token (from 0) that is another, and how many characters of its
+    text come before that.
 
-    `likely` has the five most likely tokens of each pane, as text with their probabilities.
+    `likely` has the five most likely tokens of these two panes there, as text with their probabilities.
     """
 
     index: int
+    characters: int
     likely: dict[Pane, tuple[tuple[str, float], ...]]
 
 
@@ -144,14 +155,17 @@ class Used:
 class Turn:
     """A prompt and the replies of the panes that were on; `example` marks the one the page asks by itself.
 
-    `system` is the system prompt it was answered under, the same for every pane; empty for none. `ask` is the request it
-    was answered to, with its settings, and `used` its direction; None of two servers.
+    `splits` has the panes that have parted from the unchanged one. `place` says where the prompt lies among those that the
+    direction was made from, once every pane has answered the same. `system` is the system prompt it was answered under, the
+    same for every pane; empty for none. `ask` is the request it was answered to, with its settings, and `used` its
+    direction; None of two servers.
     """
 
     prompt: str
     replies: dict[Pane, Reply] = field(default_factory=dict)
     example: bool = False
-    split: Split | None = None
+    splits: dict[Pane, Split] = field(default_factory=dict)
+    place: str = ""
     system: str = ""
     ask: Ask | None = None
     used: Used | None = None
@@ -246,9 +260,12 @@ def talk(
         else:
             growing = on_gpu(_replies, ready.light, earlier, asked, ask, model=ready.model, seconds=REPLY, stop=stop)
         for turn in growing:
-            finished = all(reply.ending for reply in turn.replies.values())
             left = (*earlier, _cut_off(turn))
-            yield (*earlier, turn), view((*earlier, turn), ask.run, running=not finished)
+            if not all(reply.ending for reply in turn.replies.values()):
+                yield (*earlier, turn), view((*earlier, turn), ask.run, running=True)
+        if isinstance(ready, Ready) and _is_the_same_everywhere(left[-1]):
+            left = (*earlier, replace(left[-1], place=_place(ready, conversation(left, "unchanged"))))
+        yield left, view(left, ask.run)
     except (PromptError, ModelError) as error:
         yield left, view(left, ask.run, error=str(error))
 
@@ -263,7 +280,7 @@ def next_turn(turns: tuple[Turn, ...], ask: Ask) -> tuple[tuple[Turn, ...], Turn
     if ask.action == "again":
         if not turns:
             raise PromptError("There is nothing to repeat yet: write a message first.")
-        return turns[:-1], replace(turns[-1], replies={}, split=None, system=ask.system)
+        return turns[:-1], replace(turns[-1], replies={}, splits={}, place="", system=ask.system)
     if len(ask.prompt) > MAX_CHARACTERS:
         raise PromptError(
             f"The prompt has {len(ask.prompt):,} characters and at most {MAX_CHARACTERS:,} are read: shorten it."
@@ -294,9 +311,7 @@ def _replies(ready: Ready, earlier: Sequence[Turn], turn: Turn, ask: Ask, stop: 
     shown = -math.inf
     step = None
     for step in steps:
-        turn = replace(turn, replies=_grown(ready, turn.replies, step))
-        if turn.split is None and len(set(step.tokens)) > 1:
-            turn = replace(turn, split=_split(ready, tuple(strengths), step))
+        turn = replace(turn, replies=_grown(ready, turn.replies, step), splits=_parted(ready, turn, step))
         now = time.monotonic()
         if now - shown >= 1 / UPDATES_PER_SECOND or all(step.finished):
             shown = now
@@ -351,19 +366,66 @@ def _row(ready: Ready, pane: Pane, strength: float, writers: frozenset[str] | No
         return ()
     if pane == "removed":
         return (Intervention(ready.direction, "ablate", strength, writers),)
-    direction = random_like(ready.direction, CONTROL_SEED) if pane == "control" else ready.direction
-    return (Intervention(direction, "add", strength),)
+    return (Intervention(control_of(ready) if pane == "control" else ready.direction, "add", strength),)
 
 
-def _split(ready: Ready, panes: Sequence[Pane], step: Step) -> Split:
-    rows = step.most_likely(N_LIKELY)
-    return Split(
-        step.index,
-        {
-            pane: tuple((_as_text(ready, token), share) for token, share in row)
-            for pane, row in zip(panes, rows, strict=True)
-        },
+def control_of(ready: Ready) -> Direction:
+    """The random direction of the same norm that the control pane adds."""
+    return random_like(ready.direction, CONTROL_SEED)
+
+
+def _parted(ready: Ready, turn: Turn, step: Step) -> dict[Pane, Split]:
+    """The splits of the turn before `step` with those that it makes."""
+    parted: dict[Pane, int] = {
+        pane: row
+        for row, (pane, token) in enumerate(zip(turn.replies, step.tokens, strict=True))
+        if token != step.tokens[0] and pane not in turn.splits
+    }
+    if not parted:
+        return turn.splits
+    likely = [tuple((_as_text(ready, token), share) for token, share in row) for row in step.most_likely(N_LIKELY)]
+    new: dict[Pane, Split] = {
+        pane: Split(step.index, len(turn.replies[pane].text), {"unchanged": likely[0], pane: likely[row]})
+        for pane, row in parted.items()
+    }
+    return turn.splits | new
+
+
+def _place(ready: Ready, said: Conversation) -> str:
+    """Where the prompt lies among those that the direction was made from, in words; nothing if it cannot be read now."""
+    try:
+        activations = once_on_gpu(last_positions, ready.light, said, model=ready.model, seconds=GLANCE)
+    except ModelError:
+        return ""
+    return place_in_words(place(ready.found, activations, ready.direction), ready.found)
+
+
+def last_positions(ready: Ready, said: Conversation) -> Float[Tensor, "pos layer d_model"]:
+    """The `resid_pre` of a conversation at the positions that the direction was looked for at, on the CPU."""
+    (prompt,) = ready.model.batches([said])
+    resid_pre = ready.model.run(prompt, read=ready.found.positions).resid_pre
+    assert resid_pre is not None
+    return resid_pre[0].float().cpu()
+
+
+def place_in_words(here: Place, found: Found) -> str:
+    """A place among the prompts that a direction was made from, counted: what follows on "This prompt"."""
+    harmful, harmless = found.prompts.classes
+    further = f"further toward {'refusal' if found.prompts.classes == CLASSES else harmful}"
+    n_harmless, n_harmful = len(found.harmless), len(found.harmful)
+    of_harmless, of_harmful = round(here.beyond_harmless * n_harmless), round(here.beyond_harmful * n_harmful)
+    if of_harmful == n_harmful:
+        return f"lies {further} than every {harmful} prompt the direction was made from."
+    over = (
+        f"every {harmless} prompt"
+        if of_harmless == n_harmless
+        else f"{of_harmless} of the {n_harmless} {harmless} prompts"
     )
+    if of_harmful:
+        return f"lies {further} than {over} and {of_harmful} of the {n_harmful} {harmful} ones."
+    if of_harmless:
+        return f"lies {further} than {over}, and less far than every {harmful} one."
+    return f"lies {further.replace('further', 'less far', 1)} than every prompt the direction was made from."
 
 
 def _as_text(ready: Ready, token: int) -> str:
@@ -477,7 +539,7 @@ def view(turns: Sequence[Turn], run: int, *, running: bool = False, error: str =
                 "prompt": turn.prompt,
                 "example": turn.example,
                 "replies": {pane: _reply_view(reply) for pane, reply in turn.replies.items()},
-                "split": None if turn.split is None else {"index": turn.split.index, "likely": turn.split.likely},
+                "splits": {pane: asdict(split) for pane, split in turn.splits.items()},
                 "settings": None if turn.ask is None else _settings_view(turn.ask, turn.used),
             }
             for turn in turns
@@ -511,16 +573,19 @@ def _reply_view(reply: Reply) -> dict:
     return shown | {"verdict": verdict.label, "because": verdict.phrase or verdict.reason}
 
 
+def _is_the_same_everywhere(turn: Turn) -> bool:
+    """Whether panes that were changed, the control aside, came to the same end with the same text as all others."""
+    changed = [reply for pane, reply in turn.replies.items() if reply.strength and pane != "control"]
+    said = {reply.text for reply in turn.replies.values()}
+    endings = {reply.ending for reply in turn.replies.values()}
+    return bool(changed) and len(said) == 1 and not endings & {None, "stopped", "memory", "filtered"}
+
+
 def _notice(turn: Turn) -> str:
     """What the replies show taken together, where that needs saying."""
-    said = {reply.text for reply in turn.replies.values()}
-    changed = [reply for pane, reply in turn.replies.items() if reply.strength and pane != "control"]
-    if (
-        changed
-        and len(said) == 1
-        and not {reply.ending for reply in turn.replies.values()} & {"stopped", "memory", "filtered"}
-    ):
-        return "All panes answered the same: at these strengths the direction hardly matters for this prompt."
+    if _is_the_same_everywhere(turn):
+        where = f" It {turn.place}" if turn.place else ""
+        return f"All panes answered the same: at these strengths the direction hardly matters for this prompt.{where}"
     if short := [reply for reply in turn.replies.values() if reply.ending == "memory"]:
         n = max(len(reply.ids) for reply in short)
         return f"This did not fit into memory. Shortened to {n} token{'s' if n != 1 else ''}."
@@ -552,26 +617,57 @@ def served_view(served: Served) -> dict:
 
 
 def _opening(examples: PromptSet, about: dict) -> dict:
-    harmless = _examples(examples.harmless, examples.harmless_categories, N_HARMLESS)
-    harmful = _examples(examples.harmful, examples.harmful_categories, N_HARMFUL)
+    harmless = _examples(examples.harmless, examples.harmless_categories, N_HARMLESS, first=_alarming(examples))
+    by_category: dict[str, list[str]] = {}
+    for text, category in zip(examples.harmful, examples.harmful_categories, strict=True):
+        by_category.setdefault(category, []).append(text)
     chosen = {
         "opening": OPENING,
-        "harmless": [text for _, text in harmless],
-        "harmful": [{"category": category, "text": text} for category, text in sorted(harmful)],
+        "harmless": harmless,
+        "harmful": [
+            {"category": category, "texts": _examples(texts, [category] * len(texts), N_HARMFUL)}
+            for category, texts in sorted(by_category.items(), key=lambda pair: (-len(pair[1]), pair[0]))[:N_CATEGORIES]
+        ],
     }
     return view((), 0) | {"examples": about | chosen}
 
 
-def _examples(texts: Sequence[str], categories: Sequence[str], n: int) -> list[tuple[str, str]]:
-    """At most `n` (category, prompt), one of each category, that begin in as many ways as there are."""
-    by_look = sorted(zip(categories, texts, strict=True), key=lambda pair: _looks(pair[1]))
-    chosen: dict[str, str] = {}
-    for may_repeat in (False, True):
+def _alarming(examples: PromptSet) -> dict[str, int]:
+    """Harmless prompts in a word that otherwise only harmful ones have, such as "kill" of a process: how many of them."""
+    harmless = list(zip(examples.harmless, examples.harmless_categories, strict=True))
+    everyday = {word for text, category in harmless if category != NEAR_MISS for word in _words(text)}
+    harmful = Counter(word for text in examples.harmful for word in _words(text) - everyday)
+    near = [text for text, category in harmless if category == NEAR_MISS]
+    return {text: most for text in near if (most := max((harmful[word] for word in _words(text)), default=0))}
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def _examples(
+    texts: Sequence[str], categories: Sequence[str], n: int, first: Mapping[str, int] | None = None
+) -> list[str]:
+    """At most `n` prompts, half of them the highest of `first` as far as there are so many, that begin in as many ways and
+    are of as many categories as there are.
+    """
+    first = first or {}
+    by_look = sorted(
+        zip(categories, texts, strict=True), key=lambda pair: (-first.get(pair[1], 0), _looks(pair[1]))
+    )  # fmt: skip
+    chosen: list[str] = []
+    begun: set[str] = set()
+    used: set[str] = set()
+    for of_first, most, may_repeat in ((True, n // 2, False), (False, n, False), (False, n, True)):
         for category, text in by_look:
-            begun = {c.split()[0] for c in chosen.values()}
-            if category not in chosen and len(chosen) < n and (may_repeat or text.split()[0] not in begun):
-                chosen[category] = text
-    return list(chosen.items())
+            if len(chosen) == most or text in chosen or (text in first) != of_first:
+                continue
+            beginning = text.split()[0]
+            if may_repeat or (beginning not in begun and (of_first or category not in used)):
+                chosen.append(text)
+                begun.add(beginning)
+                used.add(category)
+    return chosen
 
 
 def _looks(text: str) -> tuple[bool, bool, int]:
