@@ -1337,7 +1337,7 @@ def test_a_link_opens_the_page_as_it_was(chromium, tab, ready):
     other.context.close()
 
 
-def test_a_link_has_the_map_the_form_of_measure_the_pair_of_inside_and_the_draft(chromium, tab):
+def test_a_link_has_the_map_the_forms_of_find_and_measure_the_pair_of_inside_and_the_draft(chromium, tab):
     tab.locator("[data-prompt]").fill("What is a volcano?")
     tab.get_by_role("tab", name="Map").click()
     expect(tab.locator("[data-map] .main-svg").first).to_be_visible()
@@ -1345,6 +1345,19 @@ def test_a_link_has_the_map_the_form_of_measure_the_pair_of_inside_and_the_draft
     tab.locator("[data-position]").select_option("-2")
     expect(tab.locator(".map-body")).to_have_attribute("aria-busy", "false")
     tab.locator("[data-layer]").fill("3")
+    tab.locator("#map [data-search]").fill("kill")
+    tab.get_by_role("tab", name="Find").click()
+    tab.locator("[data-measure='induce']").click()
+    tab.get_by_label("two lists of my own").check()
+    tab.get_by_label("two others").check()
+    tab.locator("[data-first-name]").fill("<b>question")
+    tab.locator("[data-second-name]").fill("order")
+    tab.locator("#find-first").fill("Who are you?\nWhat is a volcano?")
+    tab.locator("[data-positions]").fill("2")
+    tab.get_by_label("harmful and harmless").check()
+    tab.get_by_role("button", name=re.compile("^Remove the token")).first.click()
+    chips = tab.locator("[data-tokens] code").all_inner_texts()
+    tab.get_by_label("two others").check()
     tab.get_by_role("tab", name="Inside").click()
     expect(tab.locator(".readings figcaption")).to_have_count(3)
     for name, text in (("first", "Who are you?"), ("second", "How do I rob a bank?")):
@@ -1353,7 +1366,11 @@ def test_a_link_has_the_map_the_form_of_measure_the_pair_of_inside_and_the_draft
     tab.get_by_label("test prompts of each class").fill("7")
     tab.locator("#measure [data-length]").fill("20")
     tab.get_by_label("judged by").select_option("paper")
-    other, seen = open_tab(chromium, SimpleNamespace(url=link_of(tab)))
+    first, _ = open_tab(chromium, SimpleNamespace(url=link_of(tab)))
+    expect(first.get_by_role("tab", name="Measure")).to_have_attribute("aria-selected", "true")
+    # Whoever follows it and copies it again hands on also what they have not looked at.
+    other, seen = open_tab(chromium, SimpleNamespace(url=link_of(first)))
+    first.context.close()
     expect(other.get_by_role("tab", name="Measure")).to_have_attribute("aria-selected", "true")
     expect(other.get_by_label("test prompts of each class")).to_have_value("7")
     expect(other.locator("#measure [data-length]")).to_have_value("20")
@@ -1366,6 +1383,18 @@ def test_a_link_has_the_map_the_form_of_measure_the_pair_of_inside_and_the_draft
     expect(other.locator("[data-position]")).to_have_value("-2")
     expect(other.locator("[data-layer-value]")).to_contain_text("3 of")
     expect(other.locator("[data-map-caption]")).to_contain_text("The direction in use holds")
+    expect(other.locator("#map [data-search]")).to_have_value("kill")
+    expect(other.locator("[data-count]")).to_contain_text("With “kill”")
+    other.get_by_role("tab", name="Find").click()
+    expect(other.locator("[data-measure='induce']")).to_have_attribute("aria-pressed", "true")
+    expect(other.get_by_label("two lists of my own")).to_be_checked()
+    expect(other.get_by_label("two others")).to_be_checked()
+    expect(other.locator("[data-kind-meaning]")).to_contain_text("the mean of <b>question minus the mean of order")
+    expect(other.locator("#find-first")).to_have_value("Who are you?\nWhat is a volcano?")
+    expect(other.locator("[data-count='first']")).to_have_text("2 lines")
+    expect(other.locator("[data-positions]")).to_have_value("2")
+    other.get_by_label("harmful and harmless").check()
+    assert other.locator("[data-tokens] code").all_inner_texts() == chips
     other.get_by_role("tab", name="Talk").click()
     expect(other.locator("[data-prompt]")).to_have_value("What is a volcano?")
     assert not seen.faults

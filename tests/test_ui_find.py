@@ -43,7 +43,7 @@ from refusal_core.directions import DirectionError
 from refusal_core.prompts import MAX_CHARACTERS, PromptError, PromptSet, load_prompts
 from refusal_core.selection import Progress
 from refusal_core.ui.bar import bar_view
-from refusal_core.ui.engine import Engine, Engines, Ready, filled
+from refusal_core.ui.engine import Engine, Engines, Ready, filled, is_known
 from refusal_core.ui.find import MOST_SHOWN, asked_cell, find_view, rendered_view
 from refusal_core.ui.map import map_view
 from refusal_core.ui.measure import Wish, measured, unseen
@@ -324,12 +324,12 @@ def test_the_cells_of_an_own_search_are_filled_for_its_visitor_alone(ready, own)
     searches = Searches(Stops())
     searches.keep("me", own)
     searches.keep("they", own)
-    assert list(searches.fill("me"))
+    assert list(searches.fill("me", threading.Event()))
     assert find_view(searches.of("me", own.model), ready.found)["unknown"] == 0
     assert find_view(searches.of("they", own.model), ready.found)["unknown"] > 0
     assert searches.of("me", own.model).found.choice.chosen is not None
     assert searches.of("me", own.model).direction is own.direction
-    assert list(searches.fill("nobody")) == []
+    assert list(searches.fill("nobody", threading.Event())) == []
 
 
 def test_a_search_that_ends_after_its_visitor_has_gone_or_loaded_another_model_is_let_go(engine, ready):
@@ -446,6 +446,22 @@ def test_a_click_takes_another_direction_everywhere_and_for_this_visitor_only(ch
     expect(tab.locator("[data-where]")).to_contain_text(f"at layer {source.layer},")
 
 
+def test_measuring_the_cells_can_be_cancelled_and_begun_again(tab):
+    open_find(tab)
+    unknown = tab.locator(".cell-button.unknown:not(:disabled)").count()
+    fill, cancel = tab.get_by_role("button", name="Measure them"), tab.locator("[data-cancel-fill]")
+    expect(cancel).to_be_hidden()
+    fill.click()
+    expect(tab.locator("[data-filling]")).to_have_text(re.compile(r"^scoring.*, \d+ of \d+$"))
+    cancel.click()
+    expect(fill).to_have_attribute("aria-disabled", "false")
+    expect(fill).to_be_focused()
+    expect(cancel).to_be_hidden()
+    assert tab.locator(".cell-button.unknown:not(:disabled)").count() == unknown
+    fill.click()
+    expect(tab.locator("[data-filling]")).to_have_text(re.compile(r"^scoring.*, \d+ of \d+$"))
+
+
 def test_unknown_cells_are_measured_on_demand_and_a_direction_taken_meanwhile_stays(tab, ready):
     open_find(tab)
     position = ready.found.direction.source.position
@@ -458,6 +474,29 @@ def test_unknown_cells_are_measured_on_demand_and_a_direction_taken_meanwhile_st
     expect(tab.locator("[data-direction]")).to_contain_text("layer 2")
     expect(tab.get_by_role("button", name="Measure them")).to_be_hidden()
     expect(tab.locator("progress:visible")).to_have_count(0)
+
+
+def test_whoever_waits_for_cells_that_somebody_else_cancels_has_them_measured(few, tmp_path):
+    fewer = tmp_path / "fewer.jsonl"  # what is measured of others is kept
+    fewer.write_text(few.read_text("utf-8").split("\n", 1)[1], "utf-8")
+    engine = Engine(prompts=fewer)
+    engine.start()
+    *_, status = engine.changes()
+    assert not all(is_known(score) for score in status.found.scores)
+    mine, theirs = threading.Event(), threading.Event()
+    run = engine.fill(mine)
+    next(run)
+    others: list[Progress] = []
+    waiting = threading.Thread(target=lambda: others.extend(engine.fill(theirs)))
+    waiting.start()
+    mine.set()
+    assert len(list(run)) < 3
+    waiting.join(300)
+    assert others and not waiting.is_alive()
+    assert all(is_known(score) for score in engine.status.found.scores)
+    stopped = threading.Event()
+    stopped.set()
+    assert list(engine.fill(stopped)) == []
 
 
 BREAKING = """
@@ -507,11 +546,13 @@ def test_a_failure_nobody_expected_is_said_and_the_button_can_be_pressed_again(c
 
 
 def test_how_far_cells_are_measured_is_said_of_the_table_that_they_are_of(engine, ready, monkeypatch):
-    def fill(_: Engine):
+    def fill(_: Engine, stop: threading.Event):
         yield Progress("scoring", 1, 2)
 
     monkeypatch.setattr(Engine, "fill", fill)
-    first, last = Handlers(Engines(engine, [], any_model=True), Stops(), 64).fill_map(Visit())
+    first, last = Handlers(Engines(engine, [], any_model=True), Stops(), 64).fill_map(
+        Visit(), gr.EventData(None, {"run": 1}), gr.Request(session_hash="visitor")
+    )
     assert first["filling"] == ["scoring", 1, 2] and last["filled"]
     assert first["table"] == last["table"] == find_view(ready, ready.found)["table"]
     others = (
@@ -524,12 +565,14 @@ def test_how_far_cells_are_measured_is_said_of_the_table_that_they_are_of(engine
 
 @pytest.mark.parametrize("error", [PromptError, ModelError, DirectionError])
 def test_cells_that_cannot_be_measured_are_said_in_a_sentence(engine, monkeypatch, error):
-    def fails(_: Engine):
+    def fails(_: Engine, stop: threading.Event):
         raise error("This cannot be measured.")
         yield
 
     monkeypatch.setattr(Engine, "fill", fails)
-    (said,) = Handlers(Engines(engine, [], any_model=True), Stops(), 64).fill_map(Visit())
+    (said,) = Handlers(Engines(engine, [], any_model=True), Stops(), 64).fill_map(
+        Visit(), gr.EventData(None, {"run": 1}), gr.Request(session_hash="visitor")
+    )
     assert said["filled"] and said["error"] == "This cannot be measured."
 
 

@@ -256,7 +256,9 @@ function note(said) {
 }
 
 async function copyLink() {
-  const state = {};
+  const { state: opened } = await reading;
+  // Of a tab that was not opened since, the link is handed on as it came.
+  const state = missed ? {} : Object.fromEntries(['map', 'find', 'lists', 'measure', 'inside'].filter((name) => name in opened).map((name) => [name, opened[name]]));
   document.dispatchEvent(new CustomEvent('gather', { detail: state }));
   const tab = document.querySelector('#tabs [role="tab"][aria-selected="true"]').textContent.trim();
   const { model, position, layer, isSaved, isOwn } = told;

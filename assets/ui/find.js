@@ -19,6 +19,7 @@ let measure = 'bypass';
 let inUse = null; // the direction, as the bar says
 let askedFor = ''; // the one for which the candidates were shown anew
 let filling = null; // how far the unknown cells are being measured
+let fills = 0; // number of the run that does it
 
 function shown(name, value) {
   if (value === null) return 'not measured';
@@ -123,9 +124,11 @@ function drawFunnel() {
 }
 
 function drawFilling() {
-  const fill = find('[data-fill]');
+  const [fill, cancel] = [find('[data-fill]'), find('[data-cancel-fill]')];
   pause(fill, filling !== null);
-  if (!view.unknown) handOn([fill], find('.cells-holder'));
+  if (!view.unknown) handOn([fill, cancel], find('.cells-holder'));
+  else if (!filling) handOn([cancel], fill);
+  cancel.hidden = !filling;
   fill.hidden = !view.unknown;
   find('[data-filling]').textContent = filling ? `${filling[0]}${filling[2] ? `, ${filling[1]} of ${filling[2]}` : ''}` : '';
   const bar = find('progress');
@@ -245,7 +248,13 @@ find('[data-fill]').addEventListener('click', () => {
   filling = ['starting', 0, 0];
   drawError('');
   drawFilling();
-  trigger('fill', {});
+  fills += 1;
+  trigger('fill', { run: fills });
+});
+find('[data-cancel-fill]').addEventListener('click', () => {
+  filling = ['ending at the next step', 0, 0];
+  drawFilling();
+  trigger('cancel_fill', { run: fills });
 });
 watch('value', draw);
 draw();

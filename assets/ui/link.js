@@ -7,18 +7,23 @@ const MOST_MESSAGES = 50;
 const within = (low, high, whole = false) => (value) => typeof value === 'number' && value >= low && value <= high && (!whole || Number.isInteger(value));
 const oneOf = (...choices) => (value) => choices.includes(value);
 const orNull = (allowed) => (value) => value === null || allowed(value);
+const orNone = (allowed) => (value) => value === undefined || allowed(value);
+const upTo = (longest) => (value) => typeof value === 'string' && value.length <= longest;
 const texts = (value, longest) => Array.isArray(value) && value.length === 2 && value.every((text) => typeof text === 'string' && text.length <= longest);
 const FIELDS = {
-  model: (value) => typeof value === 'string' && value.length <= 300,
+  model: upTo(300),
   position: within(-64, -1, true), layer: within(0, 1000, true),
   removal: within(0, 1), addition: within(-1, 2), temperature: within(0, 2),
   max_new_tokens: within(1, 512, true), seed: within(0, 2 ** 31, true),
   removed_on: oneOf(true, false), added_on: oneOf(true, false), control_on: oneOf(true, false),
-  system: (value) => typeof value === 'string' && value.length <= 2000,
+  system: upTo(2000),
   writers: (value) => Array.isArray(value) && value.length > 0 && value.length <= 2000 && value.every((name) => /^(embedding|positions|(attention|MLP|PLE) \d{1,4}|head \d{1,4}\.\d{1,4})$/.test(name)),
   tint: oneOf('untouched', 'inside', 'off'),
-  draft: (value) => typeof value === 'string' && value.length <= 8000,
-  map: (value) => isPlain(value) && FIELDS.position(value.position) && FIELDS.layer(value.layer) && oneOf('pca', 'turned', 'along', 'umap')(value.axes),
+  draft: upTo(MOST_STATE),
+  map: (value) => isPlain(value) && FIELDS.position(value.position) && FIELDS.layer(value.layer) && oneOf('pca', 'turned', 'along', 'umap')(value.axes) && orNone(upTo(200))(value.search) && orNone(within(-180, 180))(value.turn),
+  find: (value) => isPlain(value) && oneOf('bypass', 'induce', 'kl', 'comply', 'refuse', 'auroc', 'd_prime')(value.measure) && oneOf('app', 'lists', 'file', 'hub')(value.prompts) && oneOf('refusal', 'contrast')(value.kind)
+    && texts(value.names, 40) && texts(value.hub, 500) && oneOf('rule', 'cosmic')(value.by) && orNull(within(1, 64, true))(value.positions) && orNull(areTokens)(value.tokens),
+  lists: (value) => texts(value, 8000),
   measure: (value) => isPlain(value) && within(5, 100, true)(value.n) && FIELDS.max_new_tokens(value.length) && oneOf('default', 'paper')(value.rules) && texts(value.lists, 500),
   inside: (value) => texts(value, 2000),
   tab: oneOf('Talk', 'Map', 'Find', 'Measure', 'Inside'),
@@ -26,6 +31,7 @@ const FIELDS = {
   turns: (value) => Array.isArray(value) && value.length <= MOST_MESSAGES && value.every((each) => isPlain(each) && wrongIn(each) === undefined),
 };
 
+const areTokens = (value) => Array.isArray(value) && value.length <= 16 && value.every((each) => isPlain(each) && within(0, 1e7, true)(each.id) && upTo(200)(each.text));
 const isPlain = (value) => value !== null && typeof value === 'object' && !Array.isArray(value);
 
 /** The settings of a message, as a request has them: a pane that is off has none. In a link only those that are not the page's. */
@@ -48,11 +54,11 @@ async function through(stream, bytes) {
 
 /** The state as the part of an address after “#”; of what is too long for one, texts in fields are left out first, then messages. */
 async function packed({ prompts, turns, ...state }) {
-  const { draft, inside, ...settings } = state;
+  const { draft, inside, lists, ...settings } = state;
   const withMessages = { said: { prompts, turns }, left: [] };
   const withoutMessages = { said: { prompts: [] }, left: prompts.length ? [prompts.length === 1 ? 'the message' : `${prompts.length} messages`] : [] };
   for (const messages of prompts.length <= MOST_MESSAGES ? [withMessages, withoutMessages] : [withoutMessages]) {
-    for (const texts of [{ said: { draft, inside }, left: [] }, { said: {}, left: draft || inside ? ['what stands in the fields'] : [] }]) {
+    for (const texts of [{ said: { draft, inside, lists }, left: [] }, { said: {}, left: draft || inside || lists ? ['what stands in the fields'] : [] }]) {
       const written = new TextEncoder().encode(JSON.stringify({ v: 1, ...settings, ...texts.said, ...messages.said }));
       const bytes = written.length < MOST_STATE ? await through(new CompressionStream('deflate-raw'), written) : [];
       const text = btoa(String.fromCharCode(...bytes)).replaceAll('+', '-').replaceAll('/', '_').replaceAll('=', '');

@@ -413,6 +413,11 @@ function applyLink() {
   find('[data-axes]').dispatchEvent(new Event('change'));
   drawPositions();
   setLayer(layer);
+  for (const [field, value] of [['[data-search]', map.search], ['[data-turn]', map.turn]]) {
+    if (value === undefined) continue;
+    find(field).value = value;
+    find(field).dispatchEvent(new Event('input'));
+  }
 }
 
 ofLink().then((state) => {
@@ -420,7 +425,8 @@ ofLink().then((state) => {
   applyLink();
 });
 document.addEventListener('gather', ({ detail }) => {
-  if (element.isConnected && view) detail.map = { position, layer, axes };
+  if (!element.isConnected || !view) return;
+  detail.map = { position, layer, axes, search: find('[data-search]').value.slice(0, 200) || undefined, turn: eye ? find('[data-turn]').valueAsNumber : undefined };
 });
 
 let seen = false;

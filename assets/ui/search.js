@@ -10,6 +10,8 @@ let labelled = null; // the file with both classes: { name, text }
 let search = 0; // number of the search, and whether it is on its way
 let isSearching = false;
 
+let wanted = null; // what the link says of this form
+
 const chosen = (name) => find(`[name="${name}"]:checked`).value;
 const list = (which) => find(`[data-list="${which}"]`);
 const byCosine = () => chosen('by') === 'cosmic' && !isContrast();
@@ -89,6 +91,35 @@ function drawSearch(view) {
     tokens = areEdited ? tokens.map((token) => ({ ...token, share: share.get(token.id) ?? token.share })) : view.tokens;
   }
   drawTokens();
+  applyLink(view.model);
+}
+
+/** Fills the form in as it was where the link was made; what is searched for has to be asked for. */
+function applyLink(model) {
+  const { find: form, lists, model: its = model } = wanted || {};
+  wanted = null;
+  if (its !== model) return;
+  if (lists) ['first', 'second'].forEach((which, index) => { list(which).value = lists[index]; });
+  if (form) {
+    const isOffered = form.prompts !== 'hub' || !find('[data-public]').hidden;
+    const choices = { prompts: isOffered && form.prompts !== 'file' ? form.prompts : 'app', kind: form.kind, by: form.by };
+    for (const [name, value] of Object.entries(choices)) find(`[name="${name}"][value="${value}"]`).checked = true;
+    ['first', 'second'].forEach((which, index) => {
+      find(`[data-${which}-name]`).value = form.names[index];
+      find(`[data-list-of="${which}"]`).value = form.hub[index];
+    });
+    const positions = find('[data-positions]');
+    if (form.positions) positions.value = Math.min(form.positions, positions.max);
+    if (form.tokens) {
+      tokens = form.tokens.map(({ id, text }) => ({ id, text, share: null }));
+      edited();
+    }
+    if (measures().includes(form.measure)) {
+      measure = form.measure;
+      drawMeasure();
+    }
+  }
+  drawForm();
 }
 
 function sayError(sentence) {
@@ -208,6 +239,22 @@ find('[data-reset-tokens]').addEventListener('click', () => {
   find('[data-token]').focus();
 });
 document.addEventListener('direction', ({ detail }) => { if (element.isConnected) find('[data-public]').hidden = !detail.isLocal; });
+document.addEventListener('gather', ({ detail }) => {
+  if (!element.isConnected || !view) return;
+  const both = (field) => ['first', 'second'].map((which) => find(field(which)).value);
+  detail.find = {
+    measure, prompts: chosen('prompts'), kind: chosen('kind'), by: chosen('by'),
+    names: both((which) => `[data-${which}-name]`), hub: both((which) => `[data-list-of="${which}"]`),
+    positions: find('[data-positions]').validity.valid && find('[data-positions]').value ? find('[data-positions]').valueAsNumber : null,
+    tokens: areEdited ? tokens.map(({ id, text }) => ({ id, text })) : null,
+  };
+  const lists = both((which) => `[data-list="${which}"]`);
+  detail.lists = lists.some(Boolean) && lists.every((each) => each.length <= 8000) ? lists : undefined;
+});
+ofLink().then((state) => {
+  wanted = state;
+  if (view) applyLink(view.model);
+});
 document.addEventListener('search', ({ detail }) => { if (element.isConnected && detail) sought(detail); });
 document.addEventListener('token', ({ detail }) => {
   if (!element.isConnected || !detail) return;

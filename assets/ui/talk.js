@@ -1094,7 +1094,7 @@ document.addEventListener('gather', ({ detail }) => {
     tint: find('[data-tint]').value,
     system: find('[data-system]').value.trim(),
     writers: writers ?? undefined,
-    draft: prompt.value.trim() ? prompt.value.slice(0, 8000) : undefined,
+    draft: prompt.value.trim() ? prompt.value : undefined,
     seed: number('[data-seed]', 0),
     ...gathered(),
   });

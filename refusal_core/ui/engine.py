@@ -261,20 +261,28 @@ class Engine:
                 _LAYING_OUT.release()
         yield layout
 
-    def fill(self) -> Iterator[Progress]:
-        """Measures every candidate; whoever asks while somebody else's run goes on waits for that one.
+    def fill(self, stop: threading.Event) -> Iterator[Progress]:
+        """Measures every candidate; whoever asks while somebody else's run goes on waits for that one. `stop` ends it early,
+        and whoever waits begins anew.
 
         Afterwards `status` has the whole table. The choice cannot change: what was left out could not have won.
         """
-        with self._filling:
+        while not self._filling.acquire(timeout=0.2):
+            if stop.is_set():
+                return
+        try:
             ready = self._status
             if not isinstance(ready, Ready) or all(is_known(s) for s in ready.found.scores):
                 return
-            for news in filled(ready, self._closing):
+            for news in filled(ready, stop):
+                if self._closing.is_set():
+                    return
                 if isinstance(news, Ready):
                     self._say(news)
                 else:
                     yield news
+        finally:
+            self._filling.release()
 
     def _prepare(self, closing: threading.Event) -> None:
         def say(status: Status) -> None:

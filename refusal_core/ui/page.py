@@ -233,7 +233,7 @@ class Handlers:
     def leave(self, request: gr.Request) -> None:
         """Ends what runs for a visitor who has gone."""
         self._stops.forget(str(request.session_hash))
-        for work in ("measure", "inside", "layout"):
+        for work in ("measure", "inside", "layout", "fill"):
             self._stops.forget(_work_of(str(request.session_hash), work))
         self._end_load(str(request.session_hash))
         self._loads.pop(str(request.session_hash), None)
@@ -274,15 +274,17 @@ class Handlers:
         except (ModelError, DirectionError) as error:
             return visit, self._bar(self._in_use(visit), error=str(error)), gr.skip()
 
-    def fill_map(self, visit: Visit) -> Iterator[dict]:
+    def fill_map(self, visit: Visit, event: gr.EventData, request: gr.Request) -> Iterator[dict]:
         """How far the candidates are measured that the rule did not need; the page then asks for `show_cells`.
 
         What the visitor takes meanwhile is theirs: nothing of it is touched here.
         """
+        run = getattr(event, "run", None)
+        stop = self._stops.begin(_work_of(str(request.session_hash), "fill"), run if type(run) is int else 0)
         try:
             engine, ready = self._ready(visit)
             table = table_of(ready)
-            for progress in self._searches.fill(visit.search) if visit.search else engine.fill():
+            for progress in self._searches.fill(visit.search, stop) if visit.search else engine.fill(stop):
                 yield {"table": table, "filling": [progress.stage, progress.done, progress.total]}
         except (PromptError, ModelError, DirectionError) as error:
             yield {"error": str(error), "filled": True, "nonce": time.monotonic_ns()}
@@ -584,6 +586,7 @@ def build(engines: Engines, stops: Stops, most_tokens: int = MAX_NEW_TOKENS) -> 
             )
         grid.choose(do.choose_cell, visit, [visit, bar, grid], **past_the_queue)
         grid.fill(do.fill_map, visit, grid, **many).failure(nothing_filled, None, grid, queue=False, **quiet)
+        grid.cancel_fill(do.cancel("fill"), None, None, **past_the_queue)
         rates.measure(do.measure, visit, rates, **in_line).failure(failed, None, rates, queue=False, **quiet)
         rates.write(do.write_weights, visit, weights, **(many | {"concurrency_limit": 1})).failure(
             nothing_found, None, weights, queue=False, **quiet

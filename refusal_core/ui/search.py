@@ -244,13 +244,19 @@ class Searches:
         for other in oldest:
             self.forget(other)
 
-    def fill(self, session: str) -> Iterator[Progress]:
-        """Measures every candidate of it; afterwards `of` has the whole table. Ends early once it is forgotten."""
+    def fill(self, session: str, stop: threading.Event) -> Iterator[Progress]:
+        """Measures every candidate of it; afterwards `of` has the whole table.
+
+        Ends early once `stop` is set, or it is forgotten.
+        """
         with self._lock:
             kept = self._kept.get(session)
         if kept is None:
             return
-        for news in filled(*kept):
+        ready, forgotten = kept
+        for news in filled(ready, stop):
+            if forgotten.is_set():
+                return
             if isinstance(news, Progress):
                 yield news
                 continue
