@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 
 from refusal_core.evaluation import Rates, Report
@@ -40,9 +41,10 @@ def without_replies(said: str) -> dict:
 
 def read(kept: dict) -> Report:
     """The report that was kept."""
-    return Report(
-        **(kept | {"rates": tuple(Rates(**rates) for rates in kept["rates"]), "completions": (), "damage": ()})
-    )
+    names = {field.name for field in fields(Rates)}
+    rates = tuple(Rates(**{name: value for name, value in each.items() if name in names}) for each in kept["rates"])
+    read_back = {"rates": rates, "completions": (), "damage": (), "directions": tuple(kept.get("directions", ()))}
+    return Report(**(kept | read_back))
 
 
 def put_into(text: str, table: str) -> str:

@@ -5,7 +5,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import huggingface_hub
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import Direction, DirectionError
 from refusal_core.endpoints import add_endpoints, evaluate_endpoints, read_endpoints
-from refusal_core.evaluation import N_CURVE, Report, damage_curve, evaluate, paper_rows
+from refusal_core.evaluation import N_CURVE, Report, damage_curve, evaluate, paper_rows, unseen
 from refusal_core.findings import UNWRITTEN, as_json, find_or_recall, funnel, load_found, save_found
 from refusal_core.formats import load_direction
 from refusal_core.generation import MAX_NEW_TOKENS
@@ -24,7 +24,7 @@ from refusal_core.interventions import Kind
 from refusal_core.metrics import finite
 from refusal_core.orthogonalize import NEEDS_MEAN, VARIANTS, check_new, export
 from refusal_core.placement import add_placement, read_placement
-from refusal_core.prompts import PromptError, PromptSet, Split, load_prompts, pinned
+from refusal_core.prompts import PromptError, PromptSet, Split, load_prompts, pinned, whole
 from refusal_core.selection import KL_LIMIT, LAYER_SHARE, CandidateScore, Found, Rule, find_direction
 from refusal_core.terminal import chat, followed
 
@@ -120,6 +120,11 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
             help=f"the longest a reply may get, at most {MAX_NEW_TOKENS}; default: {length}",
         )  # fmt: skip
     rates.add_argument("--n", type=_count, default=100, help="how many test prompts of each class; default: 100")
+    rates.add_argument(
+        "--on", metavar="LIST",
+        help="test on all of this file or public list, such as jailbreakbench, but for what the direction was found with; "
+        "default: the test split of --prompts",
+    )  # fmt: skip
     rates.add_argument("--rules", choices=("paper", "default"), default="paper", help="the judge; default: the paper's")
     rates.add_argument(
         "--classifier", metavar="MODEL",
@@ -201,27 +206,43 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    prompts = _prompts("test", options).draw(options.n, options.seed)
+    listed = whole(pinned(options.on)) if options.on else None
+
+    def test_prompts(found: Found | None) -> PromptSet:
+        """Of a whole list those that the direction was not found with."""
+        test = unseen(found, *listed) if listed else _prompts("test", options)
+        return test.draw(options.n, options.seed)
+
+    test_prompts(None)
     how = {"rules": options.rules, "max_new_tokens": options.max_new_tokens, "resume": options.resume}
     if pair := read_endpoints(options):
         if options.classifier or options.exported or options.strengths:
             raise ModelError(
                 "--classifier, --exported and --strengths need a model that is here: leave out the two servers."
             )
-        report: Report = followed(evaluate_endpoints(pair, prompts, **how))
+        report: Report = followed(evaluate_endpoints(pair, test_prompts(None), **how))
     else:
-        report = _evaluate_here(options, prompts, how)
-    print(report.as_json() if options.json else report.as_markdown())
+        report = _evaluate_here(options, test_prompts, how)
+    print(report.as_json() if options.json else f"{report.in_words}\n\n{report.as_markdown()}")
     return 0
 
 
-def _evaluate_here(options: argparse.Namespace, prompts: PromptSet, how: dict[str, Any]) -> Report:
+def _evaluate_here(
+    options: argparse.Namespace, test_prompts: Callable[[Found | None], PromptSet], how: dict[str, Any]
+) -> Report:
     for folder in options.exported:
         if not Path(folder).is_dir():
             raise ModelError(f"There is no folder {folder!r}: name one that export has written.")
     model = _model(options)
     classifier = ChatModel.load(options.classifier, **read_placement(options)) if options.classifier else None
-    direction = _direction(model, options)
+    if options.direction:
+        direction, found = load_direction(model, options.direction), _found_with(options.direction)
+    else:
+        found = _found(model, options)
+        direction = found.direction
+    prompts = test_prompts(found)
+    if options.on and found is None:
+        prompts = replace(prompts, source=f"{prompts.source}; whether the direction was found with some is not known")
     report: Report = followed(
         evaluate(model, prompts, paper_rows(direction), exported=options.exported, classifier=classifier, **how)
     )

@@ -54,8 +54,8 @@ from refusal_core.metrics import (
     why_unclear,
     wilson,
 )
-from refusal_core.prompts import PromptError, PromptSet
-from refusal_core.selection import Progress
+from refusal_core.prompts import Prompt, PromptError, PromptSet, in_split
+from refusal_core.selection import Found, Progress
 
 REMOVALS = tuple(i / 10 for i in range(11))
 ADDITIONS = (-1.0, -0.8, -0.6, -0.4, -0.2, *REMOVALS, 1.2, 1.4, 1.6, 1.8, 2.0)
@@ -125,6 +125,14 @@ class Rates:
         """Neither refused nor unclear."""
         return self.n - self.refused - self.unclear
 
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, the answered replies, and of each count the 95 % Wilson interval of its share, unless `n` is 0."""
+        counts = {name: getattr(self, name) for name in ("refused", "answered", "unclear", "unsafe", "safety_unclear")}
+        intervals = {
+            f"{name}_interval": wilson(k, self.n) if self.n else None for name, k in counts.items() if k is not None
+        }
+        return asdict(self) | {"answered": self.answered} | intervals
+
 
 @dataclass(frozen=True)
 class Damage:
@@ -164,7 +172,8 @@ def damage_table(damages: Sequence[Damage]) -> str:
 class Report:
     """What an evaluation found, with everything it was made from.
 
-    `damage` is by strength, where that was measured; `classifier` is empty where none was asked.
+    `damage` is by strength, where that was measured; `classifier` is empty where none was asked. `directions` are those of
+    the rows, each as its source with digest and norm, and `dtype` is what the model calculates in; a server tells neither.
     """
 
     model: str
@@ -177,6 +186,22 @@ class Report:
     completions: tuple[Completion, ...]
     damage: tuple[Damage, ...] = ()
     classifier: str = ""
+    directions: tuple[dict[str, Any], ...] = ()
+    dtype: str = ""
+
+    @property
+    def in_words(self) -> str:
+        """What was measured, on what, and how, in one line."""
+        model = ", ".join(
+            filter(None, (self.model, self.revision, self.fingerprint and f"weights {self.fingerprint}", self.dtype))
+        )
+        read = [
+            f"direction {d['digest']}: {d['control'] or 'mean difference'} at layer {d['layer']}, position {d['position']}, of {d['n_harmful']} + "
+            f"{d['n_harmless']} prompts ({d['prompts']})"
+            for d in self.directions
+        ]
+        judge = f"judged by the {self.rules} phrases, greedy replies of at most {self.max_new_tokens} tokens"
+        return "; ".join([f"model: {model}", *read, f"test prompts: {self.prompts}", judge])
 
     def as_markdown(self) -> str:
         """The tables: shares with their 95 % Wilson intervals, and the damage by strength if there is any."""
@@ -188,13 +213,14 @@ class Report:
             shares = " | ".join(_share(k, r.n) for k in (r.refused, r.answered, r.unclear))
             kl, ce = map(_nats, (r.kl, r.cross_entropy))
             again = "–" if r.repetition is None else f"{r.repetition:.1%}"
-            safety = f" {_share(r.unsafe, r.n)} | {r.safety_unclear} |" if r.unsafe is not None else ""
+            safety = "".join(f" {_share(k, r.n)} |" for k in (r.unsafe, r.safety_unclear) if k is not None)
             lines.append(f"| {cls} | {r.row} | {r.n} | {shares} | {kl} | {ce} | {again} |{safety}")
         return "\n".join([*lines, *(["", damage_table(self.damage)] if self.damage else [])])
 
     def as_json(self) -> str:
-        """Everything, completions included; a number that cannot be had is null."""
-        return json.dumps(finite(asdict(self)), indent=1, allow_nan=False)
+        """Everything, completions and intervals included; a number that cannot be had is null."""
+        whole = asdict(self) | {"rates": [rates.as_dict() for rates in self.rates]}
+        return json.dumps(finite(whole), indent=1, allow_nan=False)
 
 
 def _nats(x: float | None) -> str:
@@ -355,7 +381,27 @@ def evaluate(
             rates=tuple(_rates(model, prompts, settings, completions)),
             completions=completions,
             classifier=_named(classifier) if classifier else "",
+            directions=_directions(settings),
+            dtype=model.precision,
         )
+
+
+def _directions(settings: Sequence[_Setting]) -> tuple[dict[str, Any], ...]:
+    """Where the directions of the rows come from, each once."""
+    used = {edit.direction.digest: edit.direction for setting in settings for edit in setting.row}
+    return tuple(asdict(d.source) | {"norm": d.norm, "digest": digest} for digest, d in used.items())
+
+
+def unseen(found: Found | None, prompts: Sequence[Prompt], source: str) -> PromptSet:
+    """Those of `prompts` that a direction was neither made from nor chosen by, as a test set; `source` says how many.
+
+    Without `found` they are all. Raises PromptError if a class is empty then.
+    """
+    sets = () if found is None else (found.prompts, found.validation)
+    seen = {text for each in sets for text in (*each.harmful, *each.harmless)}
+    left = [replace(p, split="test") for p in prompts if p.text not in seen]
+    said = f"{source}, without {n} that the direction was found with" if (n := len(prompts) - len(left)) else source
+    return in_split(left, "test", said)
 
 
 def judged_replies(

@@ -104,6 +104,15 @@ def load_prompts(split: Split, source: str | Path = "embedded", harmless: str | 
     return in_split(prompts, split, said)
 
 
+def whole(source: str | Path) -> tuple[list[Prompt], str]:
+    """All prompts of a list, whatever its splits, and what `PromptSet.source` says of them: a public list by its name or
+    address, or a file. Raises PromptError as `load_prompts` does.
+    """
+    if is_public(source):
+        return _read_both(*_both(source))
+    return distinct(_read(EMBEDDED if source == "embedded" else Path(source))), str(source)
+
+
 def read_public(first: str, second: str = "") -> tuple[list[Prompt], str]:
     """All prompts of two lists of the hub, or of both classes of the `first`, and what `PromptSet.source` says of them.
 

@@ -81,6 +81,31 @@ def test_evaluate_and_export_put_one_json_document_on_stdout(found: Found, tmp_p
     assert [len(damage["cross_entropy"]) for damage in said["damage"]] == [11, 21]
 
 
+def test_a_whole_list_is_tested_on_but_for_what_the_direction_was_found_with(found: Found, tmp_path, capsys):
+    save_found(found, tmp_path / "found")
+    seen = [(found.prompts.harmful[0], True), (found.validation.harmless[0], False)]
+    new = [("How do I rob a museum?", True), ("How do I forge a cheque?", True), ("How do I bake a cake?", False)]
+    rows = [
+        {"text": text, "harmful": harmful, "split": split}
+        for (text, harmful), split in zip([*seen, *new], ("test", "val", "train", "test", "train"), strict=True)
+    ]
+    listed = tmp_path / "mine.json"
+    listed.write_text(json.dumps(rows), "utf-8")
+    given = ["evaluate", "--device", "cpu", "--max-new-tokens", "2", "--on", str(listed), "--json"]
+    for direction, expected in (("", new), ("direction.safetensors", new)):
+        assert main([*given, "--direction", str(tmp_path / "found" / direction)]) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert {(c["prompt"], c["harmful"]) for c in said["completions"]} == set(expected)
+        assert said["prompts"] == f"{listed}, without 2 that the direction was found with"
+    found.direction.save(tmp_path / "alone.safetensors")
+    assert main([*given, "--direction", str(tmp_path / "alone.safetensors")]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert len({c["prompt"] for c in said["completions"]}) == 5 and "is not known" in said["prompts"]
+    assert main([*given[:-1], "--n", "1", "--direction", str(tmp_path / "found")]) == 0
+    head, empty, table, *_ = capsys.readouterr().out.splitlines()
+    assert found.direction.digest in head and not empty and table.startswith("| prompts |")
+
+
 def test_a_direction_that_stands_alone_cannot_be_projected_and_the_remedy_is_said(direction, tmp_path, capsys):
     direction.save(tmp_path / "d.safetensors")
     given = ["--direction", str(tmp_path / "d.safetensors"), "--device", "cpu", "--out", str(tmp_path / "edited")]
@@ -161,6 +186,7 @@ def test_what_would_fail_at_the_end_is_said_before_the_model_is_loaded(tmp_path,
         (["export", "--out", str(tmp_path / "new"), "--strength", "2"], "has no strength"),
         (["find", "--out", str(tmp_path / "file" / "out")], "cannot be written"),
         (["evaluate", "--exported", str(tmp_path / "missing")], "no folder"),
+        (["evaluate", "--on", str(tmp_path / "missing.csv")], "There is no prompt file"),
     ):
         assert main(given) == 1
         printed = capsys.readouterr()

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -192,7 +192,28 @@ def test_the_table_has_a_line_for_every_rate_and_the_json_everything(report: Rep
     lines = report.as_markdown().splitlines()
     assert len(lines) == 2 + 8
     assert "direction added −1×" in report.as_markdown()
-    assert len(json.loads(report.as_json())["completions"]) == 96
+    said = json.loads(report.as_json())
+    assert len(said["completions"]) == 96
+    for rates, rate in zip(said["rates"], report.rates, strict=True):
+        assert rates["answered"] == rate.n - rate.refused - rate.unclear
+        for name in ("refused", "answered", "unclear"):
+            assert rates[f"{name}_interval"] == pytest.approx(wilson(rates[name], rate.n))
+        assert "unsafe_interval" not in rates
+
+
+def test_a_report_says_in_one_line_what_was_measured_with_which_direction(report: Report, found: Found, few: PromptSet):
+    (direction,) = report.directions
+    source = found.direction.source
+    assert direction == asdict(source) | {"norm": found.direction.norm, "digest": found.direction.digest}
+    assert json.loads(report.as_json())["directions"] == [direction]
+    assert report.dtype == "float32"
+    said = report.in_words
+    for part in (
+        report.fingerprint, "float32", f"direction {found.direction.digest}: mean difference at layer {source.layer}",
+        f"test prompts: {few.source}", "judged by the paper phrases, greedy replies of at most 24 tokens",
+    ):  # fmt: skip
+        assert part in said
+    assert "\n" not in said
 
 
 def test_a_number_that_cannot_be_had_is_null_in_the_json_and_a_dash_in_the_table(report: Report):
@@ -545,7 +566,10 @@ def test_a_classifier_says_of_every_reply_whether_it_is_unsafe_and_replaces_no_o
     low, high = wilson(removed.unsafe or 0, 4)
     table = asked.as_markdown()
     assert f"unsafe by {tmp_path} | it says neither |" in table and "unsafe" not in report.as_markdown()
-    assert removed.unsafe and f" {(removed.unsafe or 0) / 4:.1%} ({low:.1%} to {high:.1%}) | 0 |" in table
+    assert (
+        removed.unsafe
+        and f" {(removed.unsafe or 0) / 4:.1%} ({low:.1%} to {high:.1%}) | 0.0% (0.0% to 49.0%) |" in table
+    )
     assert len({line.count("|") for line in table.splitlines()}) == 1
 
 

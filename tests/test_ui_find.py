@@ -40,13 +40,14 @@ from test_ui import (
 
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import DirectionError
+from refusal_core.evaluation import unseen
 from refusal_core.prompts import MAX_CHARACTERS, PromptError, PromptSet, load_prompts
 from refusal_core.selection import Progress
 from refusal_core.ui.bar import bar_view
 from refusal_core.ui.engine import Engine, Engines, Ready, filled, is_known
 from refusal_core.ui.find import MOST_SHOWN, asked_cell, find_view, rendered_view
 from refusal_core.ui.map import map_view
-from refusal_core.ui.measure import Wish, measured, unseen
+from refusal_core.ui.measure import Wish, measured
 from refusal_core.ui.page import FAILURE, Handlers, Visit
 from refusal_core.ui.search import FEWEST, MOST, MOST_CHARACTERS, MOST_KEPT, Search, Searches, search
 from refusal_core.ui.talk import Stops
@@ -368,7 +369,7 @@ def test_lists_of_the_hub_are_read_only_where_nobody_else_can_open_the_page(read
     used = {c["prompt"] for c in last["report"]["completions"]}
     assert used <= {*BAD, *GOOD} and len(used) == 10
     found = replace(ready.found, prompts=PromptSet(BAD, GOOD).keep(range(4), range(1)))
-    left = unseen(replace(ready, found=found), wish.prompts, wish.name)
+    left = unseen(found, wish.prompts, wish.name)
     assert (len(left.harmful), len(left.harmless)) == (20, 23) and not {*left.harmful} & {*found.prompts.harmful}
     assert left.source == f"{wish.name}, without 5 that the direction was found with"
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,12 +20,13 @@ from refusal_core.evaluation import (
     evaluate,
     paper_rows,
     refusal_curve,
+    unseen,
 )
 from refusal_core.interventions import Kind
-from refusal_core.metrics import Rules, wilson
+from refusal_core.metrics import Rules
 from refusal_core.orthogonalize import export
 from refusal_core.plots import dose_figure
-from refusal_core.prompts import Prompt, PromptError, PromptSet, in_split
+from refusal_core.prompts import PromptError
 from refusal_core.selection import Progress
 from refusal_core.ui.bar import mark_of
 from refusal_core.ui.engine import Ready, Served
@@ -85,7 +86,7 @@ def _measured(ready: Ready, wish: Wish, stop: threading.Event, *, local: bool) -
     examples = ready.examples
     if wish.first or wish.second:
         yield head | measuring_view(Progress("fetching the prompts", 0, 0))
-        examples = unseen(ready, *asked_public(wish.first, wish.second, local))
+        examples = unseen(ready.found, *asked_public(wish.first, wish.second, local))
     prompts = examples.draw(wish.n)
     for news in evaluate(
         model, prompts, paper_rows(direction), rules=wish.rules, max_new_tokens=wish.max_new_tokens, stop=stop
@@ -133,14 +134,6 @@ def _measured(ready: Ready, wish: Wish, stop: threading.Event, *, local: bool) -
         yield head | {"curves": curves, "damage_markdown": damage_table(damages)}
 
 
-def unseen(ready: Ready, prompts: Sequence[Prompt], source: str) -> PromptSet:
-    """Those of `prompts` that the direction was neither made from nor chosen by, as a test set; `source` says how many."""
-    seen = {t for p in (ready.found.prompts, ready.found.validation) for t in (*p.harmful, *p.harmless)}
-    left = [replace(p, split="test") for p in prompts if p.text not in seen]
-    said = f"{source}, without {n} that the direction was found with" if (n := len(prompts) - len(left)) else source
-    return in_split(left, "test", said)
-
-
 def _served(served: Served, wish: Wish, stop: threading.Event) -> Iterator[dict]:
     """Progress and the rates; the curves would need hooks, and the page says so."""
     head = {"run": wish.run, "model": served.name}
@@ -174,23 +167,7 @@ def _report(report: Report) -> dict:
         "prompts": report.prompts,
         "rules": report.rules,
         "max_new_tokens": report.max_new_tokens,
-        "rates": [
-            {
-                "row": rate.row,
-                "harmful": rate.harmful,
-                "n": rate.n,
-                "refused": rate.refused,
-                "answered": rate.answered,
-                "unclear": rate.unclear,
-                "refused_interval": wilson(rate.refused, rate.n),
-                "answered_interval": wilson(rate.answered, rate.n),
-                "unclear_interval": wilson(rate.unclear, rate.n),
-                "kl": rate.kl,
-                "cross_entropy": rate.cross_entropy,
-                "repetition": rate.repetition,
-            }
-            for rate in report.rates
-        ],
+        "rates": [rate.as_dict() for rate in report.rates],
         "completions": [asdict(completion) for completion in report.completions],
         "rows": list(dict.fromkeys(rate.row for rate in report.rates)),
         "markdown": report.as_markdown(),
