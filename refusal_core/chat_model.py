@@ -36,7 +36,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from refusal_core import checkpoints, placement
-from refusal_core.checkpoints import Checkpoint, DoesNotFitError, ModelError
+from refusal_core.checkpoints import Checkpoint, ModelError
 from refusal_core.decoding import Decoding, Desk, Turns
 from refusal_core.interventions import Intervention, Row, RowEdits, as_row, head_name
 from refusal_core.metrics import CLOSES_THOUGHT, OPENS_THOUGHT
@@ -55,6 +55,9 @@ DATE = datetime.date(2024, 7, 26)
 
 MOST_LOGITS = 2**25
 """So many numbers a step over whole replies makes at most: 128 MB in float32."""
+
+MOST_READ = 2**14
+"""And so many tokens it reads, prompts included."""
 
 PROBES = ("a", "Hi", "What is 7 + 5?", "Thanks!", "one, two", "(so)", "é", "done.")
 """Messages with different last characters: the last one may merge with the template's first token."""
@@ -168,7 +171,7 @@ class ChatModel:
         self.tokenizer = tokenizer
         self._model = model.requires_grad_(False)  # `gradients` asks for those of activations, nobody for the weights'
         self._lock = Turns()
-        self._desk = Desk(self._lock, lambda edits, **inputs: self._run(_Step(edits), use_cache=True, **inputs))
+        self._desk = Desk(self._lock, lambda edits, **inputs: self._run(_Step(edits), use_cache=True, **inputs), name)
         self._step: _Step | None = None
         # Only here: TransformerLens takes longer to import than anything else, and a page need not wait for it.
         from refusal_core.bridge import parts_of
@@ -451,12 +454,14 @@ class ChatModel:
         rows = self.check_rows(rows, len(conversations))
         room = [self.n_ctx - len(self.render(c)) for c in conversations]
         read = [list(reply[:most]) for reply, most in zip(replies, room, strict=True)]
+        lengths = [self.n_ctx - most + len(reply) for reply, most in zip(read, room, strict=True)]
         losses = torch.full((len(read),), torch.nan, dtype=torch.float64)
         first, own = torch.empty(len(read), self.d_vocab), torch.zeros(len(read), dtype=torch.bool)
         order = sorted(range(len(read)), key=lambda i: len(read[i]), reverse=True)
         while order:
             longest = len(read[order[0]])
-            n = max(1, MOST_LOGITS // ((longest + 1) * self.d_vocab))
+            n = MOST_LOGITS // ((longest + 1) * self.d_vocab)
+            n = max(1, min(n, MOST_READ // max(lengths[i] for i in order)))
             now, order = order[:n], order[n:]
             batch = self.continued([conversations[i] for i in now], [read[i] for i in now])
             places = (batch.mask.cumsum(-1) - 1).clamp(min=0)
@@ -534,7 +539,7 @@ class ChatModel:
             )
             writes = [step.writes[i] for i in range(len(self.writers))]
             heads = [step.head_inputs[i] for i in range(self.n_layers)] if step.head_inputs else []
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad(), checkpoints.in_memory(self.name):
                 numbers = number(result.logits[:, -1].cpu().float())
                 by_part = torch.autograd.grad(numbers.sum(), [*writes, *heads], materialize_grads=True)
 
@@ -642,17 +647,15 @@ class ChatModel:
     def _run(self, step: _Step, keep: int = 1, **inputs):
         """One step of the model, the logits of its `keep` last positions, by whoever holds its lock."""
         graph = step.with_gradients
-        with torch.inference_mode(not graph), torch.set_grad_enabled(graph), placement.reading(self.name):
+        with (
+            torch.inference_mode(not graph),
+            torch.set_grad_enabled(graph),
+            placement.reading(self.name),
+            checkpoints.in_memory(self.name),
+        ):
             self._step = step
             try:
                 return self._model(**inputs, logits_to_keep=self._kept(keep, inputs["input_ids"]), return_dict=True)
-            except RuntimeError as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                    raise
-                raise DoesNotFitError(
-                    f"There is not enough memory beside {self.name} for so much text at once: shorten the prompt, ask for "
-                    "less at a time, or take a smaller model."
-                ) from error
             finally:
                 self._step = None
 

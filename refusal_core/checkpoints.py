@@ -5,11 +5,12 @@ weights, no chat template, code of its own, or more weights than there is room f
 the commit that was judged: never code, never pickled weights, and no second copy of the weights in another format.
 """
 
+import contextlib
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,20 @@ class ModelError(ValueError):
 
 class DoesNotFitError(ModelError):
     """A step for which there is not enough memory beside the model; less of it at once may fit."""
+
+
+@contextlib.contextmanager
+def in_memory(name: str) -> Iterator[None]:
+    """Work beside the model `name`; raises DoesNotFitError for what there is no memory for."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise DoesNotFitError(
+            f"There is not enough memory beside {name} for so much text at once: shorten the prompt, ask for less at a time, "
+            "or take a smaller model."
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from refusal_core.checkpoints import DoesNotFitError, ModelError
+from refusal_core.checkpoints import DoesNotFitError, ModelError, in_memory
 from refusal_core.interventions import Row, RowEdits
 
 MOST_ROWS = 128
@@ -230,15 +230,15 @@ def _fit(decodings: Mapping[Decoding, Mapping[int, int]]) -> bool:
 
 
 class Desk:
-    """Where the replies of one model meet; `turns` guards the model, and `forward` is one step of it.
+    """Where the replies of the model `name` meet; `turns` guards it, and `forward` is one step of it.
 
     Whoever's turn it is does the step for all who wait; the others then find theirs done. Before it starts it waits,
     no longer than a step takes, for those whose last token is only just out: they will want the next one as soon
     as they have looked at it.
     """
 
-    def __init__(self, turns: Turns, forward: Callable[..., Any]) -> None:
-        self._turns, self._forward = turns, forward
+    def __init__(self, turns: Turns, forward: Callable[..., Any], name: str) -> None:
+        self._turns, self._forward, self._name = turns, forward, name
         self._news = threading.Condition()
         self._waiting: dict[Decoding, tuple[dict[int, int], int]] = {}
         self._expected: weakref.WeakKeyDictionary[Decoding, tuple[float, int]] = weakref.WeakKeyDictionary()
@@ -327,7 +327,8 @@ class Desk:
             if decoding.shared.can_be_cut:
                 decoding.seats = {row: seat for row, seat in decoding.seats.items() if row in tokens}
         try:
-            shared = _seated(list(taken))
+            with in_memory(self._name):
+                shared = _seated(list(taken))
             ids = shared.mask.new_zeros(len(shared.rows), 1)
             for decoding, tokens in taken.items():
                 for row, token in tokens.items():

@@ -237,11 +237,12 @@ def _on_axes(here: LayerMap, turn: Float[np.ndarray, "axis axis"]) -> LayerMap:
 def _principal(
     points: Float[np.ndarray, "point d_model"], n: int
 ) -> tuple[Float[np.ndarray, " d_model"], Float[np.ndarray, "axis d_model"]]:
-    """The mean, and the first `n` principal components."""
+    """The mean, and the first `n` principal components; those that so few points do not have are zero."""
     from sklearn.decomposition import PCA  # not before there is something to draw: the page is up sooner without
 
-    pca = PCA(n, svd_solver="full").fit(points)
-    return np.asarray(pca.mean_), np.asarray(pca.components_)
+    pca = PCA(min(n, *points.shape), svd_solver="full").fit(points)
+    components = np.asarray(pca.components_)
+    return np.asarray(pca.mean_), np.pad(components, ((0, n - len(components)), (0, 0)))
 
 
 def _separation(here: LayerMap, val: Sequence[np.ndarray], cos_pc1: float) -> Separation:

@@ -21,6 +21,7 @@ from refusal_core.attribution import (
     write_along,
 )
 from refusal_core.chat_model import ChatModel, ModelError
+from refusal_core.checkpoints import DoesNotFitError
 from refusal_core.directions import Direction, Source
 from refusal_core.evaluation import dose_response
 from refusal_core.generation import stream_side_by_side
@@ -285,6 +286,21 @@ def test_gradients_leave_nothing_behind(model: ChatModel):
     after = model.run(batch).logits
     assert torch.equal(after, before) and after.is_inference()
     assert not any(p.requires_grad or p.grad is not None for p in model._model.parameters())
+
+
+def test_gradients_for_which_there_is_no_memory_are_one_sentence(model: ChatModel):
+    (batch,) = model.batches([HARMFUL])
+
+    def full(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    def number(logits):
+        logits.register_hook(full)
+        return logits[:, 0]
+
+    with pytest.raises(DoesNotFitError, match="not enough memory beside"):
+        model.gradients(batch, number, [-1])
+    assert model.gradients(batch, lambda logits: logits[:, 0], [-1]).by_write.abs().max() > 0
 
 
 @pytest.mark.parametrize("final_norm", [False, True])

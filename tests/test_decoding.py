@@ -147,6 +147,18 @@ def test_a_step_for_which_there_is_no_memory_is_one_sentence(model: ChatModel, d
         model.begin([HARMFUL])
 
 
+def test_a_batch_for_which_there_is_no_memory_is_the_same_sentence_for_everybody_in_it(model, direction, monkeypatch):
+    def full(*parts):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    mine, yours = (model.begin([talk] * 3, rows_of(direction)) for talk in TALKS[:2])
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "_together", full)
+        errors = step_together(model, [(mine, [5, 6, 7]), (yours, [5, 6, 7])])
+    assert [type(error) for error in errors] == [DoesNotFitError] * 2
+    assert all("not enough memory beside" in str(error) for error in errors)
+
+
 def test_replies_that_outgrow_the_memory_keep_what_they_have_said_and_so_do_those_that_shared_the_step(
     model: ChatModel, direction: Direction
 ):

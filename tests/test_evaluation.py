@@ -17,9 +17,10 @@ import pytest
 import torch
 from conftest import HARMFUL, HARMLESS, Plain, counting_steps, no_room, short_of_memory
 from families import build
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from refusal_core import evaluation
+from refusal_core import chat_model, evaluation
 from refusal_core.__main__ import main
 from refusal_core.chat_model import ChatModel, ModelError
 from refusal_core.checkpoints import DoesNotFitError
@@ -426,6 +427,22 @@ def test_the_loss_of_a_reply_is_that_of_plain_transformers_and_of_its_tokens_one
     mixed = model.read_replies(texts, replies, [row, None, None]).losses
     assert mixed[0].item() == pytest.approx(sum(alone) / len(alone), abs=1e-4) and mixed[0] != losses[0]
     assert mixed[2].item() == pytest.approx(losses[2].item(), abs=1e-5)
+
+
+def test_long_conversations_are_read_with_their_replies_few_at_a_time(model: ChatModel, monkeypatch):
+    texts, replies = [HARMLESS, "Hi", "word " * 100], [[5, 6, 7], [5], [8, 9]]
+    whole = model.read_replies(texts, replies)
+    sizes: list[tuple[int, int]] = []
+    run = model._run
+    monkeypatch.setattr(
+        model, "_run", lambda *args, **inputs: (sizes.append(inputs["input_ids"].shape), run(*args, **inputs))[1]
+    )
+    longest = len(model.render(texts[2])) + 2
+    monkeypatch.setattr(chat_model, "MOST_READ", longest + 1)
+    few = model.read_replies(texts, replies)
+    assert len(sizes) > 1 and all(rows * length <= longest + 1 for rows, length in sizes)
+    assert_close(few.losses, whole.losses, atol=1e-5, rtol=1e-5)
+    assert_close(few.first, whole.first, atol=1e-3, rtol=1e-3)
 
 
 def test_a_reply_is_a_models_own_where_it_would_say_just_this_and_end_there(model: ChatModel, found: Found):

@@ -1,5 +1,6 @@
 """What the map promises: the components are PCA's, the signs hold still, and the numbers are those of the points."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -96,6 +97,17 @@ def test_layer_0_has_nothing_to_see_at_a_template_token(found: Found):
     assert pca_maps(found, -1)[0].separation is None
     before_template = found.positions[0]
     assert pca_maps(found, before_template)[0].separation is not None
+
+
+def test_one_prompt_of_each_class_has_a_map_as_well(found: Found):
+    few = replace(
+        found, harmful=found.harmful[:1], harmless=found.harmless[:1], val_harmful=found.val_harmful[:1], val_harmless=found.val_harmless[:1]
+    )  # fmt: skip
+    for here in (*(maps := pca_maps(few, -1)), *turned(maps), *along_maps(few, -1, found.direction)):
+        assert np.isfinite(here.points).all() and len(here.points) == 2
+    last = maps[-1]
+    assert last.separation is not None and last.separation.cos_pc1 == pytest.approx(1)
+    assert last.points.shape[1] == 3 and not last.points[:, 2].any() and last.points[:, 0].any()
 
 
 def test_umap_keeps_the_classes_together_and_is_the_same_twice(found: Found):
