@@ -152,6 +152,9 @@ thinking, or has a switch, or always begins a thought, which is closed before it
 
 CLOSED_THOUGHT = f"{OPENS_THOUGHT}\n\n{CLOSES_THOUGHT}\n\n"
 
+CHANNEL, OPENS_REPLY = "<|channel|>", "<|channel|>final<|message|>"
+"""gpt-oss (Harmony) names a channel before everything it says: its thoughts have one, and the reply to the user has this."""
+
 
 class ChatModel:
     """A chat model on its devices, driven one forward step at a time under its lock."""
@@ -338,7 +341,7 @@ class ChatModel:
         """What is done about thoughts before the reply."""
         probe = [{"role": "user", "content": PROBES[0]}]
         off, on = (self._in_template(probe, thinking=thinking) for thinking in (False, True))
-        return "closed" if off.rstrip().endswith(OPENS_THOUGHT) else "off" if off != on else "never"
+        return "closed" if _behind_thought(off, self.tokenizer) != off else "off" if off != on else "never"
 
     @property
     def description(self) -> str:
@@ -376,9 +379,7 @@ class ChatModel:
     def _render(self, conversation: Conversation) -> list[int]:
         if isinstance(conversation, str):
             conversation = [{"role": "user", "content": conversation}]
-        text = self._in_template(conversation)
-        if text.rstrip().endswith(OPENS_THOUGHT):
-            text = text.rstrip().removesuffix(OPENS_THOUGHT) + CLOSED_THOUGHT
+        text = _behind_thought(self._in_template(conversation), self.tokenizer)
         if re.search("[\ud800-\udfff]", text):  # halves of characters, as from bytes that were no UTF-8
             raise PromptError("The prompt has characters that are no text: type them anew.")
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -820,6 +821,14 @@ class ChatModel:
                 f"{self.name}: something is written to the residual stream that cannot be hooked, so ablation would be "
                 "incomplete. Take a model of another family."
             )
+
+
+def _behind_thought(text: str, tokenizer: PreTrainedTokenizerFast) -> str:
+    """A rendered prompt up to where the reply begins, also where the template leaves a thought to come before it."""
+    if text.rstrip().endswith(OPENS_THOUGHT):
+        return text.rstrip().removesuffix(OPENS_THOUGHT) + CLOSED_THOUGHT
+    has_channels = CHANNEL in tokenizer.get_added_vocab()
+    return text + OPENS_REPLY if has_channels and text.endswith("<|start|>assistant") else text
 
 
 def _dated(template: str) -> str:

@@ -238,6 +238,33 @@ def test_a_thinking_model_is_read_behind_its_closed_thought(model: ChatModel, tm
     assert model.thinking == "never" and "thinking" not in model.description
 
 
+def test_a_model_that_speaks_in_channels_is_read_where_its_reply_to_the_user_begins(tmp_path):
+    folder = shutil.copytree(ORGANISM, tmp_path / "speaks in channels")
+    kept = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    bpe = kept["model"]
+    for name, token in zip(
+        ("<|start|>", "<|channel|>", "<|message|>", "<|end|>"), list(bpe["vocab"])[-4:], strict=True
+    ):
+        number = bpe["vocab"].pop(token)
+        bpe["vocab"][name] = number
+        kept["added_tokens"].append(kept["added_tokens"][0] | {"id": number, "content": name})
+        bpe["merges"] = [pair for pair in bpe["merges"] if "".join(pair) != token]
+    (folder / "tokenizer.json").write_text(json.dumps(kept), "utf-8")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final{% endif %}"
+        "<|message|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+    )
+    speaker = ChatModel.load(folder, device="cpu")
+    talk = [
+        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": HARMLESS},
+    ]  # fmt: skip
+    said = speaker.tokenizer.decode(speaker.render(talk))
+    assert said.endswith(f"<|message|>{HARMLESS}<|end|><|start|>assistant<|channel|>final<|message|>")
+    assert said.count("<|channel|>final") == 2, "as the reply before it stands there"
+    assert speaker.template_tokens[-1] == "<|message|>" and speaker.template_tokens[-3] != "<|message|>"
+    assert speaker.thinking == "closed"
+
+
 def test_what_a_template_says_of_the_date_is_the_same_every_day(tmp_path):
     folder = shutil.copytree(ORGANISM, tmp_path / "dated")
     (folder / "chat_template.jinja").write_text("Today is {{ strftime_now('%d %b %Y') }}.\n" + TURNS)
