@@ -71,6 +71,9 @@ MAX_TOKENS = 4096
 BATCH = 48
 """How many tokens a forward step of a curve has, and how many replies grow at once."""
 
+MOST_NAMED = 6
+"""Of so many parts the name of a row has the names."""
+
 SAFETY_TOKENS = 24
 """A safety classifier's reply is a word and the categories that a text falls into."""
 
@@ -239,12 +242,17 @@ def paper_rows(direction: Direction) -> tuple[Row, ...]:
 
 
 def name_of(row: Row) -> str:
-    """What a row does, in words: “direction removed”, “direction added −1×”, “direction removed from MLP 3”."""
+    """What a row does, in words: “direction removed”, “direction added −1×”, “direction removed from MLP 3”.
+
+    Of more parts than `MOST_NAMED` their number is said, and the first.
+    """
     said = []
     for i in row:
         what = "removed" if i.kind == "ablate" else "added"
         strength = f" {_signed(i.scale)}×" if i.kind == "add" or i.scale != 1 else ""
-        where = "" if i.writers is None else f" from {' and '.join(sorted(i.writers))}"
+        parts = sorted(i.writers or ())
+        named = " and ".join(parts) if len(parts) <= MOST_NAMED else f"{len(parts)} parts, {parts[0]} the first of them"
+        where = "" if i.writers is None else f" from {named}"
         said.append(f"{i.direction.source.control or 'direction'} {what}{strength}{where}")
     return ", ".join(said) or "unchanged"
 

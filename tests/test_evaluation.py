@@ -189,6 +189,15 @@ def test_exports_whose_folders_have_the_same_name_have_rows_of_their_own(
     assert [rate.row for rate in last.rates if rate.harmful] == [f"exported weights, {folder}" for folder in folders]
 
 
+def test_of_many_parts_a_row_is_named_by_their_number(found: Found):
+    few, many = (frozenset(f"MLP {i}" for i in range(n)) for n in (2, 9))
+    named = [name_of((Intervention(found.direction, "ablate", writers=parts),)) for parts in (few, many)]
+    assert named == [
+        "direction removed from MLP 0 and MLP 1",
+        "direction removed from 9 parts, MLP 0 the first of them",
+    ]
+
+
 def test_the_table_has_a_line_for_every_rate_and_the_json_everything(report: Report):
     lines = report.as_markdown().splitlines()
     assert len(lines) == 2 + 8

@@ -38,7 +38,7 @@ from refusal_core.interventions import Intervention
 from refusal_core.metrics import judge
 from refusal_core.prompts import PromptError
 from refusal_core.ui.engine import EMBEDDED, Engine, Engines, Ready
-from refusal_core.ui.measure import Wish, written
+from refusal_core.ui.measure import Wish, measured, written
 from refusal_core.ui.page import FORGOTTEN, RELOAD, Handlers, Visit
 from refusal_core.ui.server import MAX_BODY
 from refusal_core.ui.talk import (
@@ -306,6 +306,29 @@ def test_a_random_direction_of_the_same_size_is_a_pane_and_does_little(ready):
     assert list(turns[0].replies) == list(PANES)
     assert shown["turns"][0]["replies"]["control"]["strength"] == 1.0
     assert turns[0].replies["control"].refusal < 0.5 < turns[0].replies["added"].refusal
+
+
+def test_a_removal_from_some_parts_is_measured_beside_that_from_all(ready):
+    wish = Wish.read({"run": 1, "n": 5, "max_new_tokens": 8, "writers": ["MLP 6", "MLP 5"]}, 64)
+    news = measured(ready, wish, threading.Event())
+    report = next(each["report"] for each in news if "report" in each)
+    news.close()
+    name = "direction removed from MLP 5 and MLP 6"
+    assert report["rows"] == ["unchanged", "direction removed", name, "direction added −1×", "direction added 1×"]
+    edit = Intervention(ready.direction, "ablate", writers=frozenset({"MLP 5", "MLP 6"}))
+    said = [c for c in report["completions"] if c["row"] == 2]
+    assert len(said) == 10
+    for each in said[::4]:
+        *_, last = stream_side_by_side(ready.model, [each["prompt"]], [edit], max_new_tokens=8)
+        assert each["text"] == last.texts[0]
+    with pytest.raises(PromptError, match="choose them again"):
+        Wish.read({"run": 1, "n": 5, "max_new_tokens": 8, "writers": "all"}, 64)
+    with pytest.raises(ModelError, match="has no part 'MLP 99'"):
+        next(
+            each
+            for each in measured(ready, replace(wish, writers=frozenset({"MLP 99"})), threading.Event())
+            if "report" in each
+        )
 
 
 @pytest.mark.parametrize(
@@ -1516,6 +1539,7 @@ def test_rates_and_curves_are_measured_with_transcripts_and_files(tab, ready, tm
     expect(tab.locator(".transcripts h2")).to_be_in_viewport()
     added = tab.locator(".rate", has_text="harmless: direction added 1×")
     expect(added).to_contain_text("refused 100.0 %")
+    expect(added).to_contain_text(re.compile(r"did not refuse 0\.0\s% \[0\.0\s% to \d+\.\d\s%\].*KL \d+\.\d+ nats"))
     added.click()
     expect(tab.locator(".transcripts li")).to_have_count(6)
     tab.set_viewport_size({"width": SIZE["width"], "height": 300})  # then the list of replies scrolls

@@ -417,6 +417,16 @@ def test_the_candidates_are_those_of_the_search_and_the_choice_is_marked(tab, re
     rejected = next(s for s, rule in ready.found.choice.rejected.items() if rule == "layer")
     tab.locator(f"[data-cell='{rejected.pos} {rejected.layer}']").hover()
     expect(tab.locator("[data-why]")).to_contain_text("Discarded: it lies in the last")
+    tab.locator(f"[data-cell='{source.position} {source.layer}']").hover()
+    numbers = tab.locator("[data-detail] div")
+    for name, unit in (("bypass", "log-odds"), ("induce", "log-odds"), ("KL", "nats")):
+        expect(numbers.filter(has_text=name)).to_have_text(re.compile(rf"^{name}[+−]?\d+\.\d+ {unit}$"))
+    scale = tab.locator("[data-scale]")
+    expect(scale).to_have_text("−12 toward answering+12 log-odds toward refusing")
+    colours = scale.locator("i").evaluate("bar => bar.style.background")
+    tab.locator("[data-measure='kl']").click()
+    expect(scale).to_have_text("00.3 nats")
+    assert scale.locator("i").evaluate("bar => bar.style.background") != colours
 
 
 def test_a_click_takes_another_direction_everywhere_and_for_this_visitor_only(chromium, app, tab, ready):

@@ -18,6 +18,7 @@ from test_ui import (
     idle,
     link_of,
     open_inside,
+    open_measure,
     open_tab,
     ready,
     replies,
@@ -200,6 +201,16 @@ def test_chosen_parts_confine_the_removal_in_talk_in_its_link_and_in_what_is_sav
     download.value.save_as(tmp_path / "saved.json")
     saved = json.loads((tmp_path / "saved.json").read_text("utf-8"))
     assert set(saved["writers"]) == some == set(saved["turns"][-1]["replies"]["removed"]["writers"])
+    open_measure(tab)
+    expect(tab.locator("[data-confined-too]")).to_contain_text("removed only from 3 parts: that is measured as a row")
+    tab.get_by_label("test prompts of each class").fill("5")
+    tab.locator("#measure [data-length]").fill("2")
+    tab.get_by_role("button", name="Measure", exact=True).click()
+    expect(tab.locator(".rate")).to_have_count(10)
+    named = tab.locator(".rate", has_text="harmful: direction removed from MLP 1 and embedding and head 3.0")
+    expect(named).to_have_count(1)
+    tab.locator("#measure [data-cancel]").click()
+    tab.get_by_role("tab", name="Talk").click()
     other, seen = follow(chromium, link_of(tab))
     expect(other.locator("[data-confined]")).to_contain_text("only from 3 parts")
     assert replies(other) == replies(tab) and not seen.faults
@@ -208,6 +219,7 @@ def test_chosen_parts_confine_the_removal_in_talk_in_its_link_and_in_what_is_sav
     tab.wait_for_timeout(400)
     idle(tab)
     expect(confined).to_be_hidden()
+    expect(tab.locator("[data-confined-too]")).to_be_hidden()
     assert replies(tab) == before
     tab.get_by_role("tab", name="Inside").click()
     expect(chosen).to_have_count(0)

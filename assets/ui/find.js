@@ -27,6 +27,13 @@ function shown(name, value) {
   return text.replace('-', '−');
 }
 
+const UNIT = { bypass: 'log-odds', induce: 'log-odds', kl: 'nats', d_prime: 'sd' };
+
+/** A score as it is said alone, with its unit. */
+function spoken(name, value) {
+  return value === null || !UNIT[name] ? shown(name, value) : `${shown(name, value)} ${UNIT[name]}`;
+}
+
 function is(cell, [position, layer]) {
   return cell.position === position && cell.layer === layer;
 }
@@ -37,7 +44,7 @@ function measures() {
 }
 
 function said(cell) {
-  const scores = measures().map((name) => `${NAME[name]} ${shown(name, cell[name])}`).join(', ');
+  const scores = measures().map((name) => `${NAME[name]} ${spoken(name, cell[name])}`).join(', ');
   const marks = [is(cell, view.rule) && 'the rule’s choice', is(cell, view.used) && 'in use'].filter(Boolean).join(', ');
   return [`Layer ${cell.layer}, position ${cell.position}: ${scores}.`, cell.why, marks].filter(Boolean).join(' ');
 }
@@ -102,7 +109,7 @@ function drawDetail(cell) {
   const token = view.positions.find((p) => p.position === cell.position).token;
   const rows = [
     ['where', `input of layer ${cell.layer}, position ${String(cell.position).replace('-', '−')} ${readable(token)}`],
-    ...measures().map((name) => [NAME[name], shown(name, cell[name])]),
+    ...measures().map((name) => [NAME[name], spoken(name, cell[name])]),
     ['size ‖r‖', shown('norm', cell.norm).replace('+', '')],
   ];
   find('[data-detail]').replaceChildren(...rows.map(([name, value]) => {
@@ -225,7 +232,18 @@ function showInUse() {
   trigger('show', {});
 }
 
+/** What the colours of the map say: the ends of their scale, which are those of `scoreColour`. */
+function drawScale() {
+  const [low, high] = { bypass: [-12, 12], induce: [-12, 12], kl: [0, 0.3], auroc: [0.5, 1], d_prime: [0, 6] }[measure] || [0, 1];
+  const stops = Array.from({ length: 9 }, (_, index) => scoreColour(NAME[measure], low + (index / 8) * (high - low)));
+  find('[data-scale] i').style.background = `linear-gradient(90deg, ${stops.join(', ')})`;
+  const side = low < 0 ? [' toward answering', ' toward refusing'] : ['', ''];
+  find('[data-low]').textContent = `${String(low).replace('-', '−')}${side[0]}`;
+  find('[data-high]').textContent = `${low < 0 ? '+' : ''}${high}${UNIT[measure] ? ` ${UNIT[measure]}` : ''}${side[1]}`;
+}
+
 function drawMeasure() {
+  drawScale();
   find('[data-meaning]').textContent = measure === 'auroc' ? apart(view.classes) : MEANING[measure];
   all('[data-measure]').forEach((node) => {
     node.hidden = !measures().includes(node.dataset.measure);

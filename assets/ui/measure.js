@@ -7,6 +7,7 @@ let damageTable = ''; // in Markdown
 let shown = null; // the row whose replies are open
 let seen = false;
 let model = null; // the model and direction in use, as the bar says
+let confinedTo = null; // the parts from which alone Talk removes the direction: measured beside the removal from all
 
 const signed = (text) => text.replace('-', '−');
 const percent = (share) => `${(100 * share).toFixed(1)}\u00a0%`; // the sign stays with its number
@@ -38,13 +39,17 @@ function rateNode(rate) {
     const [low, high] = rate[`${kind}_interval`];
     return [kind, percent(rate[kind] / rate.n), `[${percent(low)} to ${percent(high)}]`];
   };
+  const spared = () => {
+    const [low, high] = rate.refused_interval;
+    return ['did not refuse', percent(1 - rate.refused / rate.n), `[${percent(1 - high)} to ${percent(1 - low)}]`];
+  };
   const numbers = make('span', undefined, 'rate-numbers');
   for (const [name, ...said] of [
-    share('refused'), share('answered'),
-    rate.unclear && ['unclear', percent(rate.unclear / rate.n)],
+    share('refused'), spared(), share('answered'),
+    rate.unclear && share('unclear'),
     ['n', rate.n],
-    rate.kl !== null && ['KL', rate.kl.toFixed(3)],
-    rate.cross_entropy !== null && ['cross-entropy', rate.cross_entropy.toFixed(3)],
+    rate.kl !== null && ['KL', rate.kl.toFixed(3), 'nats'],
+    rate.cross_entropy !== null && ['cross-entropy', rate.cross_entropy.toFixed(3), 'nats per token'],
     rate.repetition !== null && ['repeated', percent(rate.repetition)],
   ].filter(Boolean)) {
     const one = make('span');
@@ -146,6 +151,9 @@ function dialled(kind) {
 document.addEventListener('strengths', ({ detail }) => {
   if (!element.isConnected) return;
   dials = detail;
+  confinedTo = detail.writers;
+  find('[data-confined-too]').hidden = !confinedTo;
+  find('[data-confined-too]').textContent = confinedTo ? `In Talk the direction is removed only from ${detail.parts}: that is measured as a row of its own. The curves are of the removal from all.` : '';
   if (!curves || !seen || !window.Plotly) return;
   for (const node of all('[data-figure]')) {
     const [kind, what] = node.dataset.figure.split(' ');
@@ -162,7 +170,7 @@ function cell(value) {
 
 /** What is done in a row, and how strongly: “direction added −1×” is two columns, of which one is a number. */
 const what = (row) => row.replace(/ [−\d.]+×$/, '');
-const strengthOf = (row) => (row === 'unchanged' ? 0 : Number(row.match(/ ([−\d.]+)×$/)?.[1].replace('−', '-') ?? 1));
+const strengthOf = (row) => (row === 'unchanged' ? 0 : Number(row.match(/ ([−\d.]+)×(?: from .*)?$/)?.[1].replace('−', '-') ?? 1));
 
 /** Of every row of a table: what it was measured with. */
 function provenance() {
@@ -190,7 +198,7 @@ const FILES = {
       class: r.harmful ? 'harmful' : 'harmless', row: what(r.row), strength: strengthOf(r.row), n: r.n,
       refused: r.refused, refused_low: r.refused_interval[0], refused_high: r.refused_interval[1],
       answered: r.answered, answered_low: r.answered_interval[0], answered_high: r.answered_interval[1],
-      unclear: r.unclear, kl_nats: r.kl, cross_entropy_nats: r.cross_entropy, repeated: r.repetition,
+      unclear: r.unclear, unclear_low: r.unclear_interval[0], unclear_high: r.unclear_interval[1], kl_nats: r.kl, cross_entropy_nats: r.cross_entropy, repeated: r.repetition,
       starts_like_refusal: null, random_low: null, random_high: null,
     }));
     const columns = Object.keys(rows[0]);
@@ -213,7 +221,7 @@ const FILES = {
     const row = (cells, tag = 'td') => { const line = add(table, 'tr'); cells.forEach((each) => add(line, tag, each)); };
     row(['prompts', 'direction', 'n', 'refused', 'answered', 'unclear', 'KL, nats', 'cross-entropy, nats per token', 'repeated 4-grams'], 'th');
     const share = (r, kind) => `${percent(r[kind] / r.n)} [${r[`${kind}_interval`].map(percent).join(' to ')}]`;
-    for (const r of report.rates) row([r.harmful ? 'harmful' : 'harmless', r.row, r.n, share(r, 'refused'), share(r, 'answered'), percent(r.unclear / r.n), r.kl?.toFixed(3) ?? '–', r.cross_entropy?.toFixed(3) ?? '–', r.repetition === null ? '–' : percent(r.repetition)]);
+    for (const r of report.rates) row([r.harmful ? 'harmful' : 'harmless', r.row, r.n, share(r, 'refused'), share(r, 'answered'), share(r, 'unclear'), r.kl?.toFixed(3) ?? '–', r.cross_entropy?.toFixed(3) ?? '–', r.repetition === null ? '–' : percent(r.repetition)]);
     add(page.body, 'p', find('[data-report] > .meaning').textContent.replace(/ A click.*$/, ''));
     if (curves) {
       add(page.body, 'h2', 'By strength');
@@ -283,7 +291,7 @@ find('form.wish').addEventListener('submit', (event) => {
   say('');
   drawRunning(['waiting for its turn', 0, 0]);
   const from = (which) => find(`[data-list-of="${which}"]`).value;
-  trigger('measure', { run, n: find('[data-n]').valueAsNumber, max_new_tokens: find('[data-length]').valueAsNumber, rules: find('[data-rules]').value, first: from('first'), second: from('second') });
+  trigger('measure', { run, writers: confinedTo, n: find('[data-n]').valueAsNumber, max_new_tokens: find('[data-length]').valueAsNumber, rules: find('[data-rules]').value, first: from('first'), second: from('second') });
 });
 find('[data-cancel]').addEventListener('click', () => {
   trigger('cancel', { run });

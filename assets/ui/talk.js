@@ -944,7 +944,7 @@ function showDials() {
   find('[data-mode]').textContent = isSampled() ? 'sampled' : 'greedy';
   find('[data-seeded]').hidden = !isSampled();
   const { removal, addition } = settings();
-  document.dispatchEvent(new CustomEvent('strengths', { detail: { removal, addition, parts: writers && counted(writers), isSampled: isSampled() } }));
+  document.dispatchEvent(new CustomEvent('strengths', { detail: { removal, addition, parts: writers && counted(writers), writers: writers && [...writers].sort(), isSampled: isSampled() } }));
 }
 
 function bind() {

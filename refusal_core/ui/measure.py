@@ -22,7 +22,7 @@ from refusal_core.evaluation import (
     refusal_curve,
     unseen,
 )
-from refusal_core.interventions import Kind
+from refusal_core.interventions import Intervention, Kind
 from refusal_core.metrics import Rules
 from refusal_core.orthogonalize import export
 from refusal_core.plots import dose_figure
@@ -32,6 +32,7 @@ from refusal_core.ui.bar import mark_of
 from refusal_core.ui.engine import Ready, Served
 from refusal_core.ui.lending import MEASUREMENT, on_gpu
 from refusal_core.ui.search import asked_public
+from refusal_core.ui.talk import asked_writers
 
 FEWEST, MOST = 5, 100
 RULES: dict[str, Rules] = {rules: rules for rules in get_args(Rules)}
@@ -41,7 +42,8 @@ RULES: dict[str, Rules] = {rules: rules for rules in get_args(Rules)}
 class Wish:
     """What is to be measured: `n` test prompts of each class, replies of at most `max_new_tokens`, judged by `rules`.
 
-    The prompts are those that are set aside, or of the lists of the hub that `first` and `second` name.
+    The prompts are those that are set aside, or of the lists of the hub that `first` and `second` name. Of `writers`, if
+    there are any, the removal from these parts alone is measured as well.
     """
 
     run: int
@@ -50,6 +52,7 @@ class Wish:
     rules: Rules = "default"
     first: str = ""
     second: str = ""
+    writers: frozenset[str] | None = None
 
     @classmethod
     def read(cls, sent: Mapping[str, object], most_tokens: int) -> "Wish":
@@ -66,7 +69,7 @@ class Wish:
         rules = RULES.get(str(sent.get("rules") or "default"))
         if rules is None:
             raise PromptError(f"There is no judge {str(sent.get('rules'))[:40]!r}: take one of {', '.join(RULES)}.")
-        return cls(**values, rules=rules, first=first, second=second)
+        return cls(**values, rules=rules, first=first, second=second, writers=asked_writers(sent.get("writers")))
 
 
 def measured(ready: Ready | Served, wish: Wish, stop: threading.Event, *, local: bool = False) -> Iterator[dict]:
@@ -88,9 +91,10 @@ def _measured(ready: Ready, wish: Wish, stop: threading.Event, *, local: bool) -
         yield head | measuring_view(Progress("fetching the prompts", 0, 0))
         examples = unseen(ready.found, *asked_public(wish.first, wish.second, local))
     prompts = examples.draw(wish.n)
-    for news in evaluate(
-        model, prompts, paper_rows(direction), rules=wish.rules, max_new_tokens=wish.max_new_tokens, stop=stop
-    ):
+    rows = paper_rows(direction)
+    if wish.writers:
+        rows = (*rows[:2], (Intervention(direction, "ablate", writers=wish.writers),), *rows[2:])
+    for news in evaluate(model, prompts, rows, rules=wish.rules, max_new_tokens=wish.max_new_tokens, stop=stop):
         yield head | (
             measuring_view(news) if isinstance(news, Progress) else {"report": _report(news) | _made_with(ready)}
         )

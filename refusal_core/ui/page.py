@@ -424,7 +424,10 @@ class Handlers:
 
     def measure(self, visit: Visit, event: gr.EventData, request: gr.Request) -> Iterator[dict]:
         """Rates and curves, with progress."""
-        sent = {name: getattr(event, name, None) for name in ("run", "n", "max_new_tokens", "rules", "first", "second")}
+        sent = {
+            name: getattr(event, name, None)
+            for name in ("run", "n", "max_new_tokens", "rules", "first", "second", "writers")
+        }
         try:
             wish = Wish.read(sent, self._most_tokens)
             speaker = self._speaker(visit)

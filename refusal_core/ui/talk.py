@@ -135,7 +135,7 @@ class Ask:
             max_new_tokens=int(_number(sent, "max_new_tokens", 1.0, float(most_tokens))),
             seed=int(_number(sent, "seed", 0.0, 2.0**31)),
             system=system.strip() if isinstance(system, str) else "",
-            writers=_writers(sent.get("writers")),
+            writers=asked_writers(sent.get("writers")),
             cell=_cell(sent.get("cell")),
         )
 
@@ -180,8 +180,8 @@ def _cell(sent: object) -> Cell | None:
     return sent[0], sent[1]
 
 
-def _writers(sent: object) -> frozenset[str] | None:
-    """Names of parts; whether the model has them is said when it is asked."""
+def asked_writers(sent: object) -> frozenset[str] | None:
+    """Names of parts, of which a browser may send anything; whether the model has them is said when it is asked."""
     if sent is None:
         return None
     if not isinstance(sent, list) or len(sent) > MAX_WRITERS or not all(isinstance(name, str) for name in sent):
