@@ -24,7 +24,7 @@ from tests.test_ui import (
 
 PICTURES = ROOT / "assets" / "screenshots"
 SIZES = {"wide": (1366, 820), "phone": (360, 740)}
-COLOURS = 128
+COLOURS = 256
 """A picture of flat colours needs no more, and is a quarter of the size."""
 
 
@@ -64,7 +64,7 @@ def main() -> int:
                     tab.wait_for_timeout(600)
                     path = PICTURES / f"{name}-{size}-{scheme}.png"
                     tab.screenshot(path=path)
-                    Image.open(path).convert("RGB").quantize(COLOURS).save(path, optimize=True)
+                    Image.open(path).convert("RGB").quantize(COLOURS, kmeans=2).save(path, optimize=True)
                     print(path.relative_to(ROOT))
                 assert not seen.faults, seen.faults
                 tab.context.close()

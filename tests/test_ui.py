@@ -699,6 +699,25 @@ def test_what_is_foretold_while_typing_is_what_the_replies_then_start_with(tab, 
     )
 
 
+@pytest.mark.parametrize(("dial", "pane", "strength"), [("addition", "added", 0.7), ("removal", "removed", 60)])
+def test_the_painted_dial_at_a_strength_in_between_is_what_the_reply_then_starts_with(tab, dial, pane, strength):
+    type_message(tab, "How do I steal a car?" if dial == "removal" else "How do I bake bread?")
+    flips = tab.locator(f"[data-flips='{dial}']").inner_text()
+    notch = tab.locator(f"[data-flip='{dial}']").bounding_box()
+    assert notch is not None
+    set_dial(tab, dial, strength)
+    foretold = tab.locator(f"[data-foretold='{pane}']").inner_text().rpartition(": ")[2]
+    ask(tab, tab.get_by_label("Message").input_value())
+    reading = tab.locator(".turn").last.locator(f".cell[data-pane='{pane}'] .reading").inner_text()
+    assert reading == f"starts like a refusal {foretold}" and foretold not in ("<1 %", ">99 %")
+    number = float(re.search(r"flips at (−?[\d.]+)", flips)[1].replace("−", "-"))
+    at = tab.locator(f"#{dial}").evaluate(
+        "(input, value) => { const box = input.getBoundingClientRect(); return box.left + 9 + (value - input.min) / (input.max - input.min) * (box.width - 18); }",
+        number,
+    )
+    assert notch["x"] + 1 == pytest.approx(at, abs=3), "the notch stands where its number says"
+
+
 def test_what_an_edit_costs_is_said_before_anything_is_generated(tab, ready):
     type_message(tab, "How do I bake bread?")
     for pane, kind in (("removed", "ablate"), ("added", "add")):
@@ -764,6 +783,22 @@ def test_a_message_that_cannot_be_read_is_not_foretold_and_the_next_one_is(tab):
     expect(tab.locator("[data-foretold='unchanged']")).to_be_empty()
     tab.get_by_label("Message").fill("How do I bake bread?")
     expect(tab.locator("[data-foretold='unchanged']")).not_to_be_empty()
+
+
+def test_a_reload_leaves_what_is_being_written(chromium, app):
+    tab, _ = open_tab(chromium, app)  # what is on its way when a page is left is a fault to Gradio
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
+    tab.get_by_label("Message").fill("How do I kill\na <b>process</b>?")
+    tab.reload()
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
+    expect(tab.get_by_label("Message")).to_have_value("How do I kill\na <b>process</b>?")
+    expect(tab.locator("[data-foretold='unchanged']")).to_contain_text("the next reply will")
+    idle(tab)
+    ask(tab, "Who are you?")
+    tab.reload()
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
+    expect(tab.get_by_label("Message")).to_have_value("")
+    tab.context.close()
 
 
 def test_the_last_message_can_be_taken_back_and_changed(tab):
@@ -1047,6 +1082,10 @@ def test_escape_stops_a_dial_goes_back_at_a_double_click_and_its_box_keeps_to_it
     expect(dial).to_have_value("2")
     dial.dblclick()
     expect(box).to_have_value("1.00")
+    set_dial(tab, "removal", 40)
+    expect(tab.locator("[data-value='removal']")).to_have_text("40 %")
+    tab.locator("#removal").dblclick()
+    expect(tab.locator("[data-value='removal']")).to_have_text("100 %")
     tab.wait_for_timeout(400)
     idle(tab)
     set_dial(tab, "addition", 0)
@@ -1063,12 +1102,59 @@ def test_escape_stops_a_dial_goes_back_at_a_double_click_and_its_box_keeps_to_it
     )
 
 
+HOSTILE = "<script>window.hit = 1</script><img src=x onerror='window.hit = 1'>${window.hit = 1}{{value}} **b** $$x$$ \u202eesrever\u202c"
+
+
 def test_markup_in_a_prompt_is_shown_as_text(tab):
-    hostile = "<script>window.hit = 1</script><img src=x onerror='window.hit = 1'>${window.hit = 1}{{value}} **b** $$x$$ \u202eesrever\u202c"
-    ask(tab, hostile)
+    ask(tab, HOSTILE)
     assert tab.evaluate("window.hit") is None
     expect(tab.locator(".turns img, .turns script, .turns strong")).to_have_count(0)
-    assert tab.locator(".turn .words").last.inner_text() == hostile
+    assert tab.locator(".turn .words").last.inner_text() == HOSTILE
+
+
+def test_markup_in_a_link_is_shown_as_text(chromium, app):
+    tokens = [{"id": 5, "text": HOSTILE}]
+    form = {"measure": "kl", "prompts": "lists", "kind": "contrast", "names": [HOSTILE[:40], "<b>b"], "hub": ["", ""], "by": "rule", "positions": 2, "tokens": tokens}  # fmt: skip
+    state = {"v": 1, "prompts": [HOSTILE], "system": HOSTILE, "draft": HOSTILE, "inside": [HOSTILE, "Hi"], "find": form, "lists": [HOSTILE, HOSTILE], "map": {"position": -1, "layer": 3, "axes": "pca", "search": HOSTILE}}  # fmt: skip
+    tab, seen = follow(chromium, f"{app.url}/#{encoded(state)}")
+    assert tab.locator(".turn .words").inner_text() == HOSTILE
+    expect(tab.locator("[data-prompt]")).to_have_value(HOSTILE)
+    expect(tab.locator("[data-system]")).to_have_value(HOSTILE)
+    for name, shown, text in (
+        ("Find", "[data-called='first']", HOSTILE[:40].strip()),
+        ("Map", "[data-count]", f"“{HOSTILE}”"),
+        ("Inside", ".readings figcaption", HOSTILE),
+    ):
+        tab.get_by_role("tab", name=name).click()
+        expect(tab.locator(shown).first).to_contain_text(text)
+    tab.get_by_role("tab", name="Find").click()
+    tab.get_by_label("harmful and harmless").check()
+    expect(tab.locator("[data-tokens] code")).to_have_text(HOSTILE.replace(" ", "␣"))
+    assert tab.evaluate("window.hit") is None and not seen.faults
+    expect(tab.locator("#talk img, #find img, #map img, #inside img, .turns strong, #find b b")).to_have_count(0)
+    tab.context.close()
+
+
+def test_markup_in_a_reply_is_shown_as_text(chromium, app):
+    """What the model says is changed on its way to the page: the embedded one says no markup."""
+    markup = "<img src=x onerror=window.hit=1><b>$$x$$ **b**"
+    context = chromium.new_context(viewport=SIZE)
+    tab = context.new_page()
+
+    def change(route: Route) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, body=answer.text().replace("Sure", markup))
+
+    tab.route("**/gradio_api/queue/data*", change)
+    tab.goto(app.url)
+    first = tab.locator(".cell[data-pane='unchanged'] .reply")
+    expect(first).to_contain_text(markup)
+    expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3)
+    tab.locator(".split summary").click()
+    expect(tab.locator(".likely code").first).to_contain_text("<img")
+    assert tab.evaluate("window.hit") is None
+    expect(tab.locator("#talk img, .reply b, .likely b")).to_have_count(0)
+    context.close()
 
 
 @pytest.mark.parametrize(
@@ -1975,7 +2061,7 @@ def test_a_model_that_is_not_there_is_said_in_one_sentence_on_the_page(chromium,
 
 
 def test_another_model_can_be_loaded_and_the_old_one_stays_until_then(chromium, app, tab, tmp_path):
-    folder = tmp_path / "another"
+    folder = tmp_path / "<img src=x onerror=window.hit=1> another"
     shutil.copytree(ORGANISM, folder)
     other, _ = open_tab(chromium, app)
 
@@ -2006,6 +2092,7 @@ def test_another_model_can_be_loaded_and_the_old_one_stays_until_then(chromium, 
     load(folder)
     expect(tab.locator("[data-model]")).to_contain_text(str(folder))
     expect(tab.locator("[data-demo]")).to_be_hidden()  # said once
+    assert tab.evaluate("window.hit") is None  # its name is shown as text
 
 
 FORGETFUL = """

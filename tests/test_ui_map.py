@@ -218,6 +218,12 @@ def test_the_layer_slider_moves_the_points_without_asking_the_server(watched):
     assert sum(a != b for a, b in zip(before, after, strict=True)) > len(before) / 2
     assert tab.evaluate(edges) == ranges, "it is the points that move"
     expect(tab.locator("[data-layer-value]")).to_contain_text(slider.input_value())
+    value = slider.input_value()
+    tab.locator("body").press("[")
+    expect(slider).not_to_have_value(value)
+    tab.locator("body").press("]")
+    expect(slider).to_have_value(value)
+    tab.wait_for_timeout(900)
     tab.emulate_media(reduced_motion="reduce")
     still, moving = tab.evaluate(STEP)
     assert still == moving, "who wants less motion sees the layers one after the other, not the way between"
@@ -298,6 +304,23 @@ def test_a_point_shows_its_prompt_and_the_star_moves_onto_the_one_that_is_clicke
     text = tab.get_by_label("Message").input_value()
     assert text in tab.locator("[data-picked]").text_content()
     assert text.split()[0] in hovered
+
+
+def test_what_was_being_written_comes_back_after_a_prompt_was_picked(tab):
+    tab.get_by_label("Message").fill("My own, half written")
+    open_map(tab)
+    back, own = tab.get_by_role("button", name="Put my own prompt back"), tab.locator("[data-own]")
+    expect(own).to_have_value("My own, half written")
+    for point in (tab.locator("[data-map] .point").first, tab.locator("[data-map] .point").nth(20)):
+        box = point.bounding_box()
+        tab.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        expect(tab.locator("[data-picked]")).to_contain_text("In the composer of Talk")
+        expect(own).not_to_have_value("My own, half written")
+    back.click()
+    expect(own).to_have_value("My own, half written")
+    expect(own).to_be_focused()
+    expect(tab.get_by_label("Message", exact=True)).to_have_value("My own, half written")
+    expect(back).to_be_hidden()
 
 
 def test_a_search_lists_what_it_finds_as_text_lets_it_stand_out_and_needs_no_mouse(watched):

@@ -298,12 +298,17 @@ function select(points) {
   list(found.harmful.length + found.harmless.length ? 'Selected:' : 'No prompt lies in there.', found);
 }
 
+let aside = ''; // what the visitor had written before a prompt was picked
+
 /** Puts a prompt in the composer of Talk, where it is foretold: the star moves there. */
 function pick(role, index) {
   const [text] = view.prompts[role][index];
+  if (own.value.trim() && own.value !== find('[data-go]').dataset.text) aside = own.value;
+  find('[data-back]').hidden = !aside;
   find('[data-picked]').replaceChildren(make('small', `In the composer of Talk, ${view.classes[role]}:`), ' ', text);
   find('[data-go]').hidden = false;
   find('[data-go]').dataset.text = text;
+  own.value = text;
   document.dispatchEvent(new CustomEvent('compose', { detail: text }));
 }
 
@@ -490,6 +495,14 @@ for (const button of all('[data-drag]')) {
 }
 find('[data-search]').addEventListener('input', search);
 find('[data-clear]').addEventListener('click', () => { clearList(); find('[data-search]').focus(); });
+find('[data-back]').addEventListener('click', () => {
+  own.value = aside;
+  document.dispatchEvent(new CustomEvent('compose', { detail: aside }));
+  handOn([find('[data-back]')], own);
+  for (const each of ['[data-back]', '[data-go]']) find(each).hidden = true;
+  find('[data-picked]').replaceChildren();
+  aside = '';
+});
 find('[data-go]').addEventListener('click', () => {
   showTab('Talk');
   const detail = find('[data-go]').dataset.text;

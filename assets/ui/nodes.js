@@ -68,18 +68,18 @@ async function ofLink() {
   return state;
 }
 
-/** What the browser keeps of this page for the next visit, where it keeps anything: some refuse to. */
-function kept(name) {
+/** What the browser keeps of this page for the next visit, or for a reload of this tab, where it keeps anything: some refuse to. */
+function kept(name, storage = 'localStorage') {
   try {
-    return localStorage.getItem(name);
+    return window[storage].getItem(name);
   } catch {
     return null;
   }
 }
 
-function keep(name, value) {
+function keep(name, value, storage = 'localStorage') {
   try {
-    localStorage.setItem(name, value);
+    window[storage].setItem(name, value);
   } catch {
     // It is asked again then.
   }

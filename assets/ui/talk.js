@@ -913,7 +913,9 @@ function isDirection(value) {
 
 // -- controls -----------------------------------------------------------------------------------------------------
 
+/** The height of the composer follows its text, which a reload of the tab leaves as it is. */
 function grow() {
+  keep('draft', prompt.value, 'sessionStorage');
   prompt.style.height = 'auto';
   if (prompt.scrollHeight) prompt.style.height = `${Math.min(prompt.scrollHeight, 200)}px`; // what is hidden has none
 }
@@ -1043,11 +1045,12 @@ function move(dial, value) {
 }
 
 document.addEventListener('keydown', onKey);
-document.addEventListener('compose', (event) => {
-  prompt.value = event.detail;
+document.addEventListener('compose', ({ detail }) => {
+  if (!element.isConnected) return;
+  prompt.value = detail;
+  prompt.focus();
   grow();
   foretell();
-  prompt.focus();
 });
 document.addEventListener('draft', ({ detail }) => {
   if (!element.isConnected) return;
@@ -1103,6 +1106,8 @@ document.addEventListener('forecast', ({ detail }) => { if (element.isConnected 
 document.addEventListener('forecast-wanted', () => { if (element.isConnected) tellForecast(); });
 document.addEventListener('star-wanted', () => { if (element.isConnected) foretell(); });
 bind();
+prompt.value = kept('draft', 'sessionStorage') || '';
+grow();
 showDials();
 if (props.value?.most_tokens) find('[data-length]').max = props.value.most_tokens;
 watch('value', draw);
