@@ -15,12 +15,11 @@ import huggingface_hub
 from refusal_core.chat_model import ORGANISM, ChatModel, ModelError
 from refusal_core.directions import Direction, DirectionError
 from refusal_core.endpoints import add_endpoints, evaluate_endpoints, read_endpoints
-from refusal_core.evaluation import N_CURVE, Report, damage_curve, evaluate, paper_rows, unseen
+from refusal_core.evaluation import Report, Strengths, by_strength, evaluate, paper_rows, unseen
 from refusal_core.findings import UNWRITTEN, as_json, find_or_recall, funnel, load_found, save_found
 from refusal_core.formats import load_direction
 from refusal_core.generation import MAX_NEW_TOKENS
 from refusal_core.hub import HARMFUL, NAMES
-from refusal_core.interventions import Kind
 from refusal_core.metrics import finite
 from refusal_core.orthogonalize import NEEDS_MEAN, VARIANTS, check_new, export
 from refusal_core.placement import add_placement, read_placement
@@ -137,7 +136,8 @@ def _add_commands(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     rates.add_argument(
         "--strengths", action="store_true",
-        help="measure the damage to harmless replies at every strength of removal and addition as well",
+        help="measure refusals, next to five random directions, and the damage to harmless replies at every strength of "
+        "removal and addition as well",
     )  # fmt: skip
     add_endpoints(rates)
     weights = add("export", "Write a checkpoint in whose weights the direction is removed or added.", given, machine)
@@ -248,11 +248,11 @@ def _evaluate_here(
     )
     if not options.strengths:
         return report
-    texts, length = prompts.harmless[:N_CURVE], options.max_new_tokens
-    kinds: tuple[Kind, ...] = ("ablate", "add")
-    how = {"rules": options.rules, "max_new_tokens": length}
-    damage = (followed(damage_curve(model, texts, direction, kind, **how)) for kind in kinds)
-    return replace(report, damage=tuple(damage))
+    how = {"rules": options.rules, "max_new_tokens": options.max_new_tokens}
+    measured: Strengths = followed(
+        by_strength(model, prompts, direction, found.refusal_tokens if found is not None else (), **how)
+    )
+    return replace(report, damage=measured.damage, doses=measured.doses, refusals=measured.refusals)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ addition leaves the blocks below its layer as they are: its rows restart from on
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -175,8 +176,9 @@ def damage_table(damages: Sequence[Damage]) -> str:
 class Report:
     """What an evaluation found, with everything it was made from.
 
-    `damage` is by strength, where that was measured; `classifier` is empty where none was asked. `directions` are those of
-    the rows, each as its source with digest and norm, and `dtype` is what the model calculates in; a server tells neither.
+    `damage` is by strength, where that was measured, and so are `doses` and `refusals`; `classifier` is empty where none was
+    asked. `directions` are those of the rows, each as its source with digest and norm, and `dtype` is what the model
+    calculates in; a server tells neither.
     """
 
     model: str
@@ -191,6 +193,8 @@ class Report:
     classifier: str = ""
     directions: tuple[dict[str, Any], ...] = ()
     dtype: str = ""
+    doses: "tuple[DoseCurve, ...]" = ()
+    refusals: "tuple[RefusalCurve, ...]" = ()
 
     @property
     def in_words(self) -> str:
@@ -207,7 +211,7 @@ class Report:
         return "; ".join([f"model: {model}", *read, f"test prompts: {self.prompts}", judge])
 
     def as_markdown(self) -> str:
-        """The tables: shares with their 95 % Wilson intervals, and the damage by strength if there is any."""
+        """The tables: shares with their 95 % Wilson intervals, and what was measured by strength if anything was."""
         by = f" unsafe by {self.classifier} | it says neither |" if self.classifier else ""
         head = "| prompts | model | n | refused | answered | unclear | KL (nats) | cross-entropy (nats/token) | repeated 4-grams |"
         lines = [head + by, "|---" * ((head + by).count("|") - 1) + "|"]
@@ -218,7 +222,11 @@ class Report:
             again = "–" if r.repetition is None else f"{r.repetition:.1%}"
             safety = "".join(f" {_share(k, r.n)} |" for k in (r.unsafe, r.safety_unclear) if k is not None)
             lines.append(f"| {cls} | {r.row} | {r.n} | {shares} | {kl} | {ce} | {again} |{safety}")
-        return "\n".join([*lines, *(["", damage_table(self.damage)] if self.damage else [])])
+        if self.doses:
+            lines += ["", dose_table(self.doses, self.refusals)]
+        if self.damage:
+            lines += ["", damage_table(self.damage)]
+        return "\n".join(lines)
 
     def as_json(self) -> str:
         """Everything, completions and intervals included; a number that cannot be had is null."""
@@ -846,3 +854,89 @@ def refusal_curve(
     mine, *randoms = found
     counts = tuple(each.refused for each in randoms)
     yield RefusalCurve(kind, harmful, len(texts), max_new_tokens, rules, mine.scales, mine.refused, counts)
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """What a direction does at every strength. `doses` are removal and addition on the prompts that they are for, harmful and
+    harmless ones, and removal on harmless prompts, `refusals` the first two of these; `damage` is of both on harmless prompts.
+    """
+
+    doses: tuple[DoseCurve, ...]
+    damage: tuple[Damage, ...]
+    refusals: tuple[RefusalCurve, ...]
+
+
+def by_strength(
+    model: ChatModel,
+    prompts: PromptSet,
+    direction: Direction,
+    refusal_tokens: Sequence[int],
+    *,
+    rules: Rules = "paper",
+    max_new_tokens: int = 64,
+    stop: threading.Event | None = None,
+) -> Iterator[Progress | Strengths]:
+    """Everything by strength, on the first `N_CURVE` prompts of each class, with five random directions as the control.
+
+    Without refusal tokens the curves of a dose have no `refusal`, for it would be 0 everywhere. Ends early when `stop` is
+    set. Raises as `dose_curve` and `damage_curve` do.
+    """
+    harmful, harmless = prompts.harmful[:N_CURVE], prompts.harmless[:N_CURVE]
+    parts: list[Any] = []
+    dose = functools.partial(dose_curve, model, direction=direction, refusal_tokens=refusal_tokens, stop=stop)
+    yield from _kept(parts, dose(harmful, kind="ablate", harmful=True))
+    yield from _kept(parts, dose(harmless, kind="add", harmful=False))
+    yield from _kept(parts, dose(harmless, kind="ablate", harmful=False))
+    how: dict[str, Any] = {"rules": rules, "max_new_tokens": max_new_tokens, "stop": stop}
+    yield from _kept(parts, damage_curve(model, harmless, direction, "ablate", **how))
+    yield from _kept(parts, damage_curve(model, harmless, direction, "add", **how))
+    own = parts[-1] if parts and isinstance(parts[-1], Damage) else None
+    yield from _kept(parts, refusal_curve(model, harmful, direction, "ablate", harmful=True, **how))
+    yield from _kept(parts, refusal_curve(model, harmless, direction, "add", harmful=False, own=own, **how))
+    if len(parts) < 7:
+        return
+    doses: list[DoseCurve] = parts[:3]
+    if not refusal_tokens:
+        doses = [replace(curve, refusal=(), random_refusal=()) for curve in doses]
+    yield Strengths(tuple(doses), tuple(parts[3:5]), tuple(parts[5:]))
+
+
+def _kept(parts: list[Any], news: Iterator[Any]) -> Iterator[Progress]:
+    """The progress of some work; what comes of it is put to the `parts`."""
+    for each in news:
+        if isinstance(each, Progress):
+            yield each
+        else:
+            parts.append(each)
+
+
+def dose_table(doses: Sequence[DoseCurve], refusals: Sequence[RefusalCurve]) -> str:
+    """By strength the probability that replies start like a refusal and how many are refused, in Markdown.
+
+    The range beside each is that of the random directions.
+    """
+    lines = [
+        "| prompts | model | strength | n | starts like a refusal | random directions | refused | random directions |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    judged_by = {(curve.kind, curve.harmful): curve for curve in refusals}
+    for dose in doses:
+        cls, what = "harmful" if dose.harmful else "harmless", "removed" if dose.kind == "ablate" else "added"
+        rated = judged_by.get((dose.kind, dose.harmful))
+        for i, scale in enumerate(dose.scales):
+            start = (
+                f"{dose.refusal[i]:.1%} | {_range([row[i] for row in dose.random_refusal])}"
+                if dose.refusal
+                else "– | –"
+            )
+            replies = "– | –"
+            if rated is not None:
+                among = [row[i] / rated.n for row in rated.random_refused]
+                replies = f"{_share(rated.refused[i], rated.n)} | {_range(among)}"
+            lines.append(f"| {cls} | direction {what} | {_signed(scale)} | {dose.n} | {start} | {replies} |")
+    return "\n".join(lines)
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.1%} to {max(values):.1%}" if values else "–"

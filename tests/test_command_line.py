@@ -79,6 +79,9 @@ def test_evaluate_and_export_put_one_json_document_on_stdout(found: Found, tmp_p
     said = json.loads(capsys.readouterr().out)
     assert len(said["completions"]) == 4 * 5 and said["rates"][-1]["row"] == "exported weights, edited"
     assert [len(damage["cross_entropy"]) for damage in said["damage"]] == [11, 21]
+    curves = [(curve["kind"], curve["harmful"], len(curve["random_refusal"])) for curve in said["doses"]]
+    assert curves == [("ablate", True, 5), ("add", False, 5), ("ablate", False, 5)]
+    assert [len(curve["refused"]) for curve in said["refusals"]] == [11, 21]
 
 
 def test_a_whole_list_is_tested_on_but_for_what_the_direction_was_found_with(found: Found, tmp_path, capsys):

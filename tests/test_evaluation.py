@@ -34,6 +34,8 @@ from refusal_core.evaluation import (
     RefusalCurve,
     Replies,
     Report,
+    Strengths,
+    by_strength,
     classify,
     complete,
     damage_curve,
@@ -187,6 +189,48 @@ def test_exports_whose_folders_have_the_same_name_have_rows_of_their_own(
     *_, last = evaluate(model, few.draw(2), [], exported=folders, max_new_tokens=2)
     assert isinstance(last, Report)
     assert [rate.row for rate in last.rates if rate.harmful] == [f"exported weights, {folder}" for folder in folders]
+
+
+def test_the_table_by_strength_has_the_random_directions_beside_the_direction(report: Report):
+    dose = DoseCurve(
+        "ablate", True, 4, (0.0, 1.0), (0.9, 0.1), (0.0, 2.0), ((0.9, 0.8), (0.9, 0.7)), ((0.0, 0.1), (0.0, 0.2))
+    )
+    refused = RefusalCurve("ablate", True, 4, 8, "paper", (0.0, 1.0), (4, 1), ((4, 4), (4, 3)))
+    table = replace(
+        report, doses=(dose, replace(dose, harmful=False, refusal=(), random_refusal=())), refusals=(refused,)
+    ).as_markdown()
+    assert (
+        "| harmful | direction removed | 1 | 4 | 10.0% | 70.0% to 80.0% | 25.0% (4.6% to 69.9%) | 75.0% to 100.0% |"
+        in table
+    )
+    assert "| harmless | direction removed | 1 | 4 | – | – | – | – |" in table
+    *_, last = table.split("\n\n")
+    assert len({line.count("|") for line in last.splitlines()}) == 1
+
+
+def test_everything_by_strength_is_what_each_curve_measures_alone(model: ChatModel, found: Found, few: PromptSet):
+    two, r, tokens = few.keep(range(2), range(2)), found.direction, found.refusal_tokens
+    *progress, last = by_strength(model, two, r, tokens, max_new_tokens=4)
+    assert all(isinstance(news, Progress) for news in progress) and isinstance(last, Strengths)
+    *_, alone = dose_curve(model, two.harmless, r, "add", tokens, harmful=False)
+    assert last.doses[1] == alone
+    assert [(curve.kind, curve.harmful) for curve in last.doses] == [
+        ("ablate", True),
+        ("add", False),
+        ("ablate", False),
+    ]
+    *_, damage = damage_curve(model, two.harmless, r, "add", max_new_tokens=4)
+    assert last.damage[1] == damage and last.damage[0].kind == "ablate"
+    *_, refused = refusal_curve(model, two.harmless, r, "add", harmful=False, max_new_tokens=4)
+    assert last.refusals[1] == refused and last.refusals[0].harmful
+    *_, unknown = by_strength(model, two, r, (), max_new_tokens=1)
+    assert isinstance(unknown, Strengths)
+    assert [curve.refusal for curve in unknown.doses] == [()] * 3 and unknown.doses[0].kl
+    stop = threading.Event()
+    news = by_strength(model, two, r, tokens, max_new_tokens=4, stop=stop)
+    next(news)
+    stop.set()
+    assert not [each for each in news if isinstance(each, Strengths)]
 
 
 def test_of_many_parts_a_row_is_named_by_their_number(found: Found):

@@ -1,7 +1,7 @@
 """Measure: how strong the effect is, how sure that is, and at what price."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -9,20 +9,18 @@ from typing import Any, get_args
 from refusal_core.chat_model import ModelError
 from refusal_core.endpoints import evaluate_endpoints
 from refusal_core.evaluation import (
-    N_CURVE,
     Damage,
     DoseCurve,
     RefusalCurve,
     Report,
-    damage_curve,
+    by_strength,
     damage_table,
-    dose_curve,
+    dose_table,
     evaluate,
     paper_rows,
-    refusal_curve,
     unseen,
 )
-from refusal_core.interventions import Intervention, Kind
+from refusal_core.interventions import Intervention
 from refusal_core.metrics import Rules
 from refusal_core.orthogonalize import export
 from refusal_core.plots import dose_figure
@@ -98,44 +96,23 @@ def _measured(ready: Ready, wish: Wish, stop: threading.Event, *, local: bool) -
         yield head | (
             measuring_view(news) if isinstance(news, Progress) else {"report": _report(news) | _made_with(ready)}
         )
-    curves: dict[str, dict] = {}
-    asked: tuple[tuple[str, bool, Kind, Sequence[str]], ...] = (
-        ("ablate", True, "ablate", prompts.harmful),
-        ("add", False, "add", prompts.harmless),
-        ("damage", False, "ablate", prompts.harmless),
-    )
-    for name, harmful, kind, texts in asked:
-        for news in dose_curve(model, texts[:N_CURVE], direction, kind, tokens, harmful=harmful, stop=stop):
-            if isinstance(news, Progress):
-                yield head | measuring_view(news)
-            else:
-                curves[name] = _curve(news, with_refusal=bool(tokens))
-    damages: list[Damage] = []
     how: dict[str, Any] = {"rules": wish.rules, "max_new_tokens": wish.max_new_tokens, "stop": stop}
-    costs: tuple[tuple[str, Kind], ...] = (("damage", "ablate"), ("add", "add"))
-    for name, kind in costs:
-        texts = prompts.harmless[:N_CURVE]
-        for news in damage_curve(model, texts, direction, kind, **how):
-            if isinstance(news, Progress):
-                yield head | measuring_view(news)
-            else:
-                damages.append(news)
-                curves[name] |= _damage(news)
-    refusals: tuple[tuple[str, Kind, bool, Damage | None], ...] = (
-        ("ablate", "ablate", True, None),
-        ("add", "add", False, damages[-1] if damages else None),
-    )
-    for name, kind, harmful, own in refusals:
-        texts = (prompts.harmful if harmful else prompts.harmless)[:N_CURVE]
-        for news in refusal_curve(model, texts, direction, kind, harmful=harmful, own=own, **how):
-            if isinstance(news, Progress):
-                yield head | measuring_view(news)
-            else:
-                curves[name] |= _refused(news)
+    for news in by_strength(model, prompts, direction, tokens, **how):
+        if isinstance(news, Progress):
+            yield head | measuring_view(news)
+            continue
+        (removed, added, damaged), (of_removal, of_addition) = map(_curve, news.doses), news.damage
+        curves = {
+            "ablate": removed | _refused(news.refusals[0]),
+            "add": added | _damage(of_addition) | _refused(news.refusals[1]),
+            "damage": damaged | _damage(of_removal),
+        }
+        yield head | {
+            "curves": curves,
+            "damage_markdown": f"{dose_table(news.doses, news.refusals)}\n\n{damage_table(news.damage)}",
+        }
     if stop.is_set():
         yield head | {"cancelled": True}
-    else:
-        yield head | {"curves": curves, "damage_markdown": damage_table(damages)}
 
 
 def _served(served: Served, wish: Wish, stop: threading.Event) -> Iterator[dict]:
@@ -178,23 +155,23 @@ def _report(report: Report) -> dict:
     }
 
 
-def _curve(curve: DoseCurve, *, with_refusal: bool) -> dict:
-    """A curve and its figures; without refusal tokens only the price, for the probability would be 0 everywhere."""
+def _curve(curve: DoseCurve) -> dict:
+    """A curve and its figures; only the price where the probability is not known."""
     bands = [
         (tuple(map(min, zip(*rows, strict=True))), tuple(map(max, zip(*rows, strict=True))))
         for rows in (curve.random_refusal, curve.random_kl)
     ]
     return {
         "n": curve.n,
-        "n_random": len(curve.random_refusal),
+        "n_random": len(curve.random_kl),
         "harmful": curve.harmful,
         "scales": curve.scales,
-        "refusal": curve.refusal if with_refusal else None,
+        "refusal": curve.refusal or None,
         "kl": curve.kl,
-        "random_refusal": curve.random_refusal if with_refusal else None,
+        "random_refusal": curve.random_refusal or None,
         "random_kl": curve.random_kl,
         "refusal_figure": dose_figure(curve.scales, curve.refusal, bands[0], "probability").to_json()
-        if with_refusal
+        if curve.refusal
         else None,
         "kl_figure": dose_figure(curve.scales, curve.kl, bands[1], "KL, nats").to_json(),
     }
