@@ -386,6 +386,13 @@ def evaluate(
         completions = tuple(
             replace(c, safety=verdicts[i][0], safety_because=verdicts[i][1]) for i, c in enumerate(completions)
         )
+    rates: list[Rates] = []
+    n_rates = len(settings) * (bool(prompts.harmful) + bool(prompts.harmless))
+    for rate in _rates(model, prompts, settings, completions) if completions else ():
+        rates.append(rate)
+        yield Progress("measuring what it costs", len(rates), n_rates)
+        if stop is not None and stop.is_set():
+            return
     if completions:
         yield Report(
             model=model.name,
@@ -394,7 +401,7 @@ def evaluate(
             prompts=prompts.source,
             rules=rules,
             max_new_tokens=max_new_tokens,
-            rates=tuple(_rates(model, prompts, settings, completions)),
+            rates=tuple(rates),
             completions=completions,
             classifier=_named(classifier) if classifier else "",
             directions=_directions(settings),

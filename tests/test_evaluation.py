@@ -67,7 +67,9 @@ def few() -> PromptSet:
 @pytest.fixture(scope="module")
 def report(model: ChatModel, found: Found, few: PromptSet) -> Report:
     *progress, last = evaluate(model, few, paper_rows(found.direction), max_new_tokens=24)
-    assert [p.done for p in progress if isinstance(p, Progress)] == [0, 48, 96]
+    steps = [(p.stage, p.done) for p in progress if isinstance(p, Progress)]
+    completed = [("completing prompts", done) for done in (0, 48, 96)]
+    assert steps == [*completed, *(("measuring what it costs", done) for done in range(1, 9))]
     assert isinstance(last, Report)
     return last
 
@@ -240,6 +242,17 @@ def test_of_many_parts_a_row_is_named_by_their_number(found: Found):
         "direction removed from MLP 0 and MLP 1",
         "direction removed from 9 parts, MLP 0 the first of them",
     ]
+
+
+def test_measuring_what_it_costs_can_be_stopped(model: ChatModel, found: Found, few: PromptSet):
+    stop = threading.Event()
+    news = evaluate(model, few.keep([0], [0]), paper_rows(found.direction)[:2], max_new_tokens=2, stop=stop)
+    for each in news:
+        assert isinstance(each, Progress)
+        if each.stage == "measuring what it costs":
+            stop.set()
+            break
+    assert list(news) == []
 
 
 def test_the_table_has_a_line_for_every_rate_and_the_json_everything(report: Report):
@@ -623,7 +636,7 @@ def test_a_classifier_says_of_every_reply_whether_it_is_unsafe_and_replaces_no_o
     *_, report = evaluate(model, four, **given)
     *progress, asked = evaluate(model, four, **given, classifier=classifier)
     assert isinstance(report, Report) and isinstance(asked, Report) and asked.classifier == str(tmp_path)
-    assert progress[-1] == Progress(f"asking {tmp_path}", 16, 16)
+    assert Progress(f"asking {tmp_path}", 16, 16) in progress
     assert [replace(c, safety="", safety_because="") for c in asked.completions] == list(report.completions)
     for c in asked.completions:
         assert c.safety == ("safe" if "can't" in c.text else "unsafe")

@@ -40,7 +40,7 @@ from refusal_core.prompts import PromptError
 from refusal_core.ui.engine import EMBEDDED, Engine, Engines, Ready
 from refusal_core.ui.measure import Wish, measured, written
 from refusal_core.ui.page import FORGOTTEN, RELOAD, Handlers, Visit
-from refusal_core.ui.server import MAX_BODY
+from refusal_core.ui.server import MAX_BODY, OFFERED
 from refusal_core.ui.talk import (
     MAX_CHARACTERS,
     OPENING,
@@ -2223,6 +2223,7 @@ def test_the_front_matter_of_the_readme_starts_the_gradio_that_is_pinned():
     front = (ROOT / "README.md").read_text("utf-8").split("---")[1]
     stated = dict(line.split(": ", 1) for line in front.strip().splitlines())
     assert f"gradio=={stated['sdk_version']}" in (ROOT / "requirements.txt").read_text("utf-8").split()
+    assert stated["models"] == f"[{', '.join(OFFERED[1:])}]"
     assert stated["app_file"] == "app.py" and stated["license"] == "mit" and len(stated["short_description"]) <= 60
 
 
