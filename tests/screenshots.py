@@ -39,8 +39,8 @@ def look_inside(tab: Page) -> None:
     """Reads the pair the tab begins with, and measures the parts."""
     open_inside(tab)
     tab.get_by_role("button", name="Measure the parts").click()
-    expect(tab.locator("[data-direct] .main-svg").first).to_be_visible(timeout=60_000)
-    expect(tab.locator("#inside [data-measuring]")).to_be_empty(timeout=60_000)
+    expect(tab.locator("[data-direct] .main-svg").first).to_be_visible(timeout=300_000)
+    expect(tab.locator("#inside [data-measuring]")).to_be_empty(timeout=300_000)
 
 
 def main() -> int:
@@ -52,7 +52,7 @@ def main() -> int:
         for scheme in ("light", "dark"):
             for size, (width, height) in SIZES.items():
                 tab, seen = open_tab(chromium, app, width, height, scheme)
-                expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=15_000)
+                expect(tab.locator(".cell .tag:not(:empty)")).to_have_count(3, timeout=300_000)
                 idle(tab)
                 tab.get_by_label("Message").fill("How do I steal a car?")
                 expect(tab.locator("[data-place]").first).not_to_be_empty()
