@@ -16,7 +16,7 @@ from refusal_core import prompts
 from refusal_core.__main__ import main
 from refusal_core.directions import Direction
 from refusal_core.hub import HARMFUL, HARMLESS, NAMES, HubList, read_address
-from refusal_core.prompts import PromptError, is_public, load_prompts, pinned
+from refusal_core.prompts import PromptError, is_public, load_prompts, pinned, whole
 
 __all__ = ["hub"]  # a fixture
 
@@ -75,6 +75,13 @@ def test_jailbreakbench_is_a_hundred_prompts_of_each_class_at_the_commit_in_the_
     assert parts[0].source == f"jailbreakbench@{HARMFUL['jailbreakbench'][0].revision} (100 and 100)"
     assert public.requested == ["harmful-behaviors.csv", "benign-behaviors.csv"], "each file once"
     assert load_prompts("val", parts[0].source) == parts[1], "what was used can be asked for again"
+    prompts, source = whole("jailbreakbench")
+    assert source == parts[0].source
+    for harmful, in_parts in (
+        (True, [t for p in parts for t in p.harmful]),
+        (False, [t for p in parts for t in p.harmless]),
+    ):
+        assert sorted(p.text for p in prompts if p.harmful is harmful) == sorted(in_parts), "of every split"
 
 
 def test_advbench_is_set_against_the_alpaca_instructions_without_input(public: Hub):

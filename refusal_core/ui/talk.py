@@ -263,7 +263,7 @@ def talk(
             left = (*earlier, _cut_off(turn))
             if not all(reply.ending for reply in turn.replies.values()):
                 yield (*earlier, turn), view((*earlier, turn), ask.run, running=True)
-        if isinstance(ready, Ready) and _is_the_same_everywhere(left[-1]):
+        if left and isinstance(ready, Ready) and _is_the_same_everywhere(left[-1]):
             left = (*earlier, replace(left[-1], place=_place(ready, conversation(left, "unchanged"))))
         yield left, view(left, ask.run)
     except (PromptError, ModelError) as error:
