@@ -303,7 +303,7 @@ def test_a_run_that_was_stopped_goes_on_with_what_is_missing(model, found, few, 
     first, *_, last = evaluate(model, few, rows, max_new_tokens=24, resume=journal)
     assert isinstance(first, Progress) and first.done == 47
     assert isinstance(last, Report) and last.rates == report.rates
-    first, again = evaluate(model, few, rows, max_new_tokens=24, resume=journal)
+    first, *_, again = evaluate(model, few, rows, max_new_tokens=24, resume=journal)
     assert isinstance(first, Progress) and first.done == first.total
     assert again.completions == last.completions
 

@@ -2157,11 +2157,10 @@ def test_for_a_page_that_is_not_known_any_more_nothing_is_done(engines, ready):
     by_visitor, alone = (FORGOTTEN, event, visitor), (FORGOTTEN, event)
     for answered in (
         *(list(work(*by_visitor)) for work in (handlers.load_model, handlers.search, handlers.measure)),
-        *(list(work(*by_visitor)) for work in (handlers.show_umap, handlers.measure_writers)),
+        *(list(work(*by_visitor)) for work in (handlers.show_umap, handlers.measure_writers, handlers.fill_map)),
         *(work(*alone) for work in (handlers.choose_cell, handlers.load_direction, handlers.show_position)),
         *(work(*alone) for work in (handlers.save_direction, handlers.read_inside, handlers.check_token)),
         handlers.show_cells(FORGOTTEN),
-        list(handlers.fill_map(FORGOTTEN)),
         handlers.drop_search(FORGOTTEN, visitor),
         handlers.cancel_load(FORGOTTEN, visitor),
         handlers.show_rendered((), *alone),
