@@ -201,7 +201,8 @@ def _find(options: argparse.Namespace) -> int:
 
 def _chat(options: argparse.Namespace) -> int:
     model = _model(options)
-    chat(model, _direction(model, options), max_new_tokens=options.max_new_tokens)
+    direction, _ = _direction(model, options)
+    chat(model, direction, max_new_tokens=options.max_new_tokens)
     return 0
 
 
@@ -213,7 +214,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         test = unseen(found, *listed) if listed else _prompts("test", options)
         return test.draw(options.n, options.seed)
 
-    test_prompts(None)
+    test_prompts(None)  # a class that is empty is said before the search
     how = {"rules": options.rules, "max_new_tokens": options.max_new_tokens, "resume": options.resume}
     if pair := read_endpoints(options):
         if options.classifier or options.exported or options.strengths:
@@ -235,11 +236,7 @@ def _evaluate_here(
             raise ModelError(f"There is no folder {folder!r}: name one that export has written.")
     model = _model(options)
     classifier = ChatModel.load(options.classifier, **read_placement(options)) if options.classifier else None
-    if options.direction:
-        direction, found = load_direction(model, options.direction), _found_with(options.direction)
-    else:
-        found = _found(model, options)
-        direction = found.direction
+    direction, found = _direction(model, options)
     prompts = test_prompts(found)
     if options.on and found is None:
         prompts = replace(prompts, source=f"{prompts.source}; whether the direction was found with some is not known")
@@ -305,8 +302,12 @@ def _prompts(split: Split, options: argparse.Namespace) -> PromptSet:
     return load_prompts(split, options.harmful or options.prompts, options.harmless)
 
 
-def _direction(model: ChatModel, options: argparse.Namespace) -> Direction:
-    return load_direction(model, options.direction) if options.direction else _found(model, options).direction
+def _direction(model: ChatModel, options: argparse.Namespace) -> tuple[Direction, Found | None]:
+    """The direction, given or found, and the search that it is from; None of a file that stands alone."""
+    if options.direction:
+        return load_direction(model, options.direction), _found_with(options.direction)
+    found = _found(model, options)
+    return found.direction, found
 
 
 def _found(model: ChatModel, options: argparse.Namespace, **how: Any) -> Found:

@@ -16,9 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Literal, get_args
 
-from jaxtyping import Float
-from torch import Tensor
-
+from refusal_core.activations import collect_activations
 from refusal_core.attribution import read_along
 from refusal_core.chat_model import Conversation, ModelError
 from refusal_core.directions import Direction, DirectionError, random_like
@@ -394,18 +392,12 @@ def _parted(ready: Ready, turn: Turn, step: Step) -> dict[Pane, Split]:
 def _place(ready: Ready, said: Conversation) -> str:
     """Where the prompt lies among those that the direction was made from, in words; nothing if it cannot be read now."""
     try:
-        activations = once_on_gpu(last_positions, ready.light, said, model=ready.model, seconds=GLANCE)
+        (activations,) = once_on_gpu(
+            collect_activations, ready.model, [said], ready.found.positions, model=ready.model, seconds=GLANCE
+        )
     except ModelError:
         return ""
     return place_in_words(place(ready.found, activations, ready.direction), ready.found)
-
-
-def last_positions(ready: Ready, said: Conversation) -> Float[Tensor, "pos layer d_model"]:
-    """The `resid_pre` of a conversation at the positions that the direction was looked for at, on the CPU."""
-    (prompt,) = ready.model.batches([said])
-    resid_pre = ready.model.run(prompt, read=ready.found.positions).resid_pre
-    assert resid_pre is not None
-    return resid_pre[0].float().cpu()
 
 
 def place_in_words(here: Place, found: Found) -> str:
